@@ -1,0 +1,56 @@
+"""What holds for every test: CPU, strict promotion, checked shapes; and subprocesses for more devices than one."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Shapes are checked where the numbers are; the hook must be installed before these modules are first imported.
+install_import_hook(["vidar.diffusion", "vidar.attention", "vidar.sampling"], "beartype.beartype")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def subprocess_environment(devices: int) -> dict[str, str]:
+    """Environment of a Python process with the strictness of this file and several virtual CPU devices."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.fixture
+def run_python():
+    """Runs Python code in a process of its own with virtual CPU devices; fails the test with its output.
+
+    Use it as `run_python(code, devices=8)`; it returns what the code printed. Code may `import tests.…`.
+    """
+
+    def run(code: str, devices: int = 8, timeout: float = 300) -> str:
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env=subprocess_environment(devices),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if result.returncode:
+            pytest.fail(f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}", pytrace=False)
+        return result.stdout
+
+    return run

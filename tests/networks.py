@@ -1,0 +1,79 @@
+"""Small fp32 networks for tests: every parameter random, so that nothing is hidden behind a zero."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vidar.attention.cache import ContextConfig
+from vidar.attention.visibility import ChunkCausal, Visibility, Window
+from vidar.diffusion.plan import Commit
+from vidar.models.dit import DiT, DiTConfig
+from vidar.models.frames import Conditions
+from vidar.models.layers import DiscreteActions, Precision
+from vidar.sampling.rollout import Sampler
+from vidar.sampling.solvers import FewStep, Solver
+
+LATENT = (4, 4, 3)
+CONFIG = DiTConfig(
+    width=48,
+    layers=3,
+    heads=2,
+    mlp=96,
+    channels=3,
+    patch=2,
+    actions=DiscreteActions(5),
+    precision=Precision(compute="float32"),
+)
+TOKENS = CONFIG.tokens(*LATENT[:2])
+
+
+def randomised(model, seed: int = 1, scale: float = 0.15):
+    """The network with noise added to every parameter."""
+    leaves, tree = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [leaf + scale * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def network(config: DiTConfig = CONFIG, seed: int = 0):
+    """A DiT with random parameters."""
+    return randomised(DiT(config, rngs=nnx.Rngs(seed)), seed + 1)
+
+
+def clip(rows: int = 2, frames: int = 8, seed: int = 3):
+    """Random clean latents and actions."""
+    latents = jax.random.normal(jax.random.key(seed), (rows, frames, *LATENT))
+    actions = jax.random.randint(jax.random.key(seed + 1), (rows, frames), 0, 5, jnp.int32)
+    return latents, Conditions(actions=actions)
+
+
+def pattern(window: int | None = None, sink: int = 0) -> Visibility:
+    """Chunk-causal visibility, with a window if any."""
+    return ChunkCausal() if window is None else ChunkCausal() & Window(window, sink)
+
+
+def sampler(
+    frames: int = 8,
+    chunk: int = 1,
+    solver: Solver = FewStep(),
+    window: int | None = None,
+    sink: int = 0,
+    commit: str = "extra_pass",
+    positions: str = "absolute",
+    **fields,
+) -> Sampler:
+    """A sampler for `LATENT` frames with an fp32 cache."""
+    plain = Sampler(
+        visibility=pattern(window, sink),
+        latent=LATENT,
+        tokens=TOKENS,
+        frames=frames,
+        chunk=chunk,
+        solver=solver,
+        commit=Commit(commit),
+        context=ContextConfig(window, sink, positions),
+        cache_dtype="float32",
+    )
+    return replace(plain, **fields)

@@ -1,0 +1,186 @@
+"""Dictionaries become dataclasses, or one clear line."""
+
+import dataclasses
+import json
+from typing import Any, ClassVar, Literal, Protocol
+
+import pytest
+from ml_collections import ConfigDict
+
+from vidar.config import build, import_path, load, to_dict
+from vidar.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Circle:
+    kind: ClassVar[str] = "circle"
+    radius: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    kind: ClassVar[str] = "square"
+    side: int
+
+    def __post_init__(self):
+        if self.side < 0:
+            raise ConfigError(f"side {self.side} is negative; give a length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Triangle:
+    """Not a member of any union below: reached by import path."""
+
+    height: float = 2.0
+
+
+class Shape(Protocol):
+    def area(self) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    shape: Circle | Square
+    name: str = "scene"
+    mode: Literal["fast", "slow"] = "fast"
+    sizes: tuple[int, ...] = (1, 2)
+    pair: tuple[int, str] = (0, "a")
+    limit: float | None = None
+    either: float | int = 0
+    table: dict[str, Circle] = dataclasses.field(default_factory=dict)
+    flag: bool = False
+    other: Shape | None = None
+    loose: Any = None
+
+
+FULL = {
+    "shape": {"kind": "square", "side": 3},
+    "name": "x",
+    "mode": "slow",
+    "sizes": [4, 5, 6],
+    "pair": [7, "b"],
+    "limit": 2,
+    "either": 5,
+    "table": {"one": {"radius": 2}},
+    "flag": True,
+    "other": {"kind": f"{__name__}:Triangle", "height": 4},
+    "loose": {"list": [1, [2]]},
+}
+
+
+@pytest.mark.parametrize("wrap", [dict, ConfigDict])
+def test_build_converts_nested_fields(wrap):
+    scene = build(Scene, wrap(FULL))
+    assert scene == Scene(
+        shape=Square(side=3),
+        name="x",
+        mode="slow",
+        sizes=(4, 5, 6),
+        pair=(7, "b"),
+        limit=2.0,
+        either=5,
+        table={"one": Circle(2.0)},
+        flag=True,
+        other=Triangle(4.0),
+        loose={"list": (1, (2,))},
+    )
+    assert isinstance(scene.limit, float)
+    assert isinstance(scene.either, int)
+
+
+def test_to_dict_is_the_inverse_and_survives_json():
+    scene = build(Scene, FULL)
+    plain = json.loads(json.dumps(to_dict(scene)))
+    assert plain["shape"] == {"kind": "square", "side": 3}
+    assert plain["sizes"] == [4, 5, 6]
+    assert build(Scene, plain) == scene
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nam": "x"}, "config.nam: unknown key; did you mean 'name'?"),
+        ({"shape": {"kind": "sqare", "side": 1}}, "config.shape.kind: unknown kind 'sqare'; did you mean 'square'?"),
+        ({"shape": {"side": 1}}, "config.shape.kind: missing; one of circle, square"),
+        ({"shape": {"kind": "square"}}, "config.shape.side: missing; Square needs it"),
+        ({"shape": {"kind": "square", "sde": 1}}, "config.shape.sde: unknown key; did you mean 'side'?"),
+        ({"shape": {"kind": "square", "side": -1}}, "config.shape: side -1 is negative; give a length"),
+        ({"shape": {"kind": "square", "side": 1.5}}, "config.shape.side: 1.5 is a float, not an int"),
+        ({"shape": {"kind": "square", "side": True}}, "config.shape.side: True is a bool, not an int"),
+        ({"mode": "medium"}, "config.mode: 'medium' is none of 'fast', 'slow'"),
+        ({"sizes": [1, "2"]}, "config.sizes[1]: '2' is a str, not an int"),
+        ({"pair": [1]}, "config.pair: [1] has 1 entries, not 2"),
+        ({"limit": "far"}, "config.limit: 'far' is a str, not a float"),
+        ({"table": {"one": {"radus": 1}}}, "config.table.one.radus: unknown key; did you mean 'radius'?"),
+        ({"table": 3}, "config.table: 3 is an int, not a dictionary for a dictionary"),
+        ({"flag": 1}, "config.flag: 1 is an int, not a bool"),
+        ({"other": {"kind": "no.such.module:Name"}}, "config.other.kind: cannot import 'no.such.module'"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_path(change, message):
+    with pytest.raises(ConfigError) as caught:
+        build(Scene, FULL | change)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_import_path():
+    assert import_path("collections:OrderedDict.fromkeys")([1]) == {1: None}
+    with pytest.raises(ConfigError, match="did you mean 'OrderedDict'"):
+        import_path("collections:OrderdDict")
+    with pytest.raises(ConfigError, match="not an import path"):
+        import_path("collections.OrderedDict")
+
+
+CARD = '''
+"""A card."""
+import ml_collections
+
+def get_config(size="1"):
+    config = ml_collections.ConfigDict()
+    config.training = dict(steps=int(size), name="a")
+    return config
+'''
+
+
+@pytest.fixture
+def card(tmp_path):
+    path = tmp_path / "card.py"
+    path.write_text(CARD)
+    return path
+
+
+def test_load_applies_overrides_and_locks(card):
+    config = load(card, ["--config.training.steps=7"])
+    assert config.training.steps == 7
+    assert config.training.name == "a"
+    with pytest.raises(AttributeError):
+        config.training.stps = 1
+    assert load(f"{card}:5").training.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.training.stps=7"], "stps"),
+        (["--config.training.steps=many"], "steps"),
+        (["--training.steps=7"], "write --config.key=value"),
+        (["--config.training.steps"], "write --config.key=value"),
+    ],
+)
+def test_load_refuses_bad_overrides(card, overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(card, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_refuses_what_is_not_a_card(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load(tmp_path / "none.py")
+    for text in ("def get_config(): return 3", "x = 1", "import nothing_of_that_name", "def get_config(:"):
+        path = tmp_path / "bad.py"
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load(path)
+        assert "bad.py" in str(caught.value)
+        assert "\n" not in str(caught.value)

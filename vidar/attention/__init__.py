@@ -1,0 +1,1 @@
+"""Who sees whom, positions, attention kernels and the context cache."""

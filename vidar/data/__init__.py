@@ -1,0 +1,1 @@
+"""Data: the procedural world, recorded episodes, video files and the pipelines that make batches."""

@@ -1,0 +1,152 @@
+"""The procedural world as a TFDS data set, `vidar_world`, in ArrayRecord files and without TensorFlow.
+
+Importing this module imports `tensorflow_datasets`; nothing else in the package does. A prepared set is read like any
+other, by name (`vidar/data/pipeline.py`).
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from vidar.data.world.captions import caption
+from vidar.data.world.rendering import render
+from vidar.data.world.simulation import WorldConfig, sample_actions, simulate
+from vidar.errors import ConfigError, DataError
+
+NAME = "vidar_world"
+WORLDS = {"one_shape": WorldConfig(), "shapes": WorldConfig(size=32, shapes=3)}
+SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(eq=False)
+class WorldBuilderConfig(tfds.core.BuilderConfig):
+    """A world and how much of it to generate.
+
+    Attributes:
+        world: Rules of the world; `world.frames` is the length of the clips.
+        clips: Number of clips of each split.
+        seed: Seed of the whole set.
+    """
+
+    world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
+    clips: dict[str, int] = dataclasses.field(default_factory=lambda: {"train": 4_000, "validation": 200})
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the data depend on, as plain values."""
+        return {"world": dataclasses.asdict(self.world), "clips": self.clips, "seed": self.seed}
+
+
+class VidarWorld(tfds.core.GeneratorBasedBuilder):
+    """Clips of coloured shapes that move, collide and enter, with actions on one of them, a caption and the true states."""
+
+    name = NAME
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [WorldBuilderConfig(name=name, world=world) for name, world in WORLDS.items()]  # noqa: RUF012
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        world = self.builder_config.world
+        features = {
+            "video": tfds.features.Tensor(shape=(None, world.size, world.size, 3), dtype=np.uint8),
+            "actions": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "caption": tfds.features.Text(),
+            "index": np.int64,
+            "position": tfds.features.Tensor(shape=(None, world.shapes, 2), dtype=np.float32),
+            "present": tfds.features.Tensor(shape=(None, world.shapes), dtype=np.bool_),
+            "kind": tfds.features.Tensor(shape=(world.shapes,), dtype=np.int32),
+            "colour": tfds.features.Tensor(shape=(world.shapes,), dtype=np.int32),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(settings=json.dumps(self.builder_config.settings(), sort_keys=True)),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        config = self.builder_config
+        for number in tqdm(range(config.clips[split]), desc=f"{NAME}/{config.name} {split}", unit="clip"):
+            yield number, _example(config.world, clip_seed(config.seed, split, number))
+
+
+def prepare(
+    directory: str | Path,
+    config: str = "one_shape",
+    clips: int = 4_000,
+    validation_clips: int = 200,
+    frames: int = 16,
+    seed: int = 0,
+) -> Path:
+    """Generates the procedural world; does nothing if the same set is there already.
+
+    Args:
+        directory: TFDS data directory; the set appears in `<directory>/vidar_world/<config>/1.0.0` when it is complete.
+        config: `one_shape` (16 × 16 pixels) or `shapes` (32 × 32, one to three shapes).
+        clips: Clips of the training split.
+        validation_clips: Clips of the validation split, whose seeds occur nowhere in training.
+        frames: Frames of a clip, ≥ 2.
+        seed: Seed of the whole set, in [0, 2³¹).
+
+    Returns:
+        Directory of the set.
+
+    Raises:
+        ConfigError: Unknown config, or impossible numbers.
+        DataError: The directory holds a set of other settings, or cannot be written.
+    """
+    if config not in WORLDS:
+        raise ConfigError(f"{NAME}/{config}: no such config; known are {', '.join(WORLDS)}")
+    if min(clips, validation_clips) < 1 or not 0 <= seed < 2**31:
+        raise ConfigError(f"clips={clips}, validation_clips={validation_clips} and seed={seed} must be positive")
+    world = dataclasses.replace(WORLDS[config], frames=frames)
+    counts = dict(zip(SPLITS, (clips, validation_clips), strict=True))
+    settings = WorldBuilderConfig(name=config, world=world, clips=counts, seed=seed)
+    builder = VidarWorld(data_dir=str(directory), config=settings, file_format="array_record")
+    target = Path(builder.data_dir)
+    if builder.info.metadata["settings"] != json.dumps(settings.settings(), sort_keys=True):
+        raise DataError(f"{target}: holds a set of other settings; choose another directory, or delete this one")
+    try:
+        builder.download_and_prepare()
+    except OSError as error:
+        raise DataError(f"{target}: cannot write: {error.strerror}") from error
+    return target
+
+
+def clip_seed(seed: int, split: str, number: int) -> int:
+    """Seed of one clip, which is also its `index`: `simulate(world, index, actions)` is its truth.
+
+    Args:
+        seed: Seed of the whole set, in [0, 2³¹).
+        split: `train` or `validation`.
+        number: Number of the clip within the split, in [0, 2³¹).
+
+    Returns:
+        A seed that no other clip shares.
+    """
+    return (seed << 32) + (SPLITS.index(split) << 31) + number
+
+
+def _example(world: WorldConfig, seed: int) -> dict[str, Any]:
+    actions = sample_actions(world, seed, world.frames)
+    states = simulate(world, seed, actions)
+    missing = world.shapes - len(states.kind)
+    return {
+        "video": render(world, states),
+        "actions": actions,
+        "caption": caption(states),
+        "index": seed,
+        "position": np.pad(states.position, ((0, 0), (0, missing), (0, 0))).astype(np.float32),
+        "present": np.pad(states.present, ((0, 0), (0, missing))),
+        "kind": np.pad(states.kind, (0, missing)).astype(np.int32),
+        "colour": np.pad(states.colour, (0, missing)).astype(np.int32),
+    }

@@ -1,0 +1,1 @@
+"""Numbers only: flow matching (flow), training levels (levels) and inference plans (plan)."""

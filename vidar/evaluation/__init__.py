@@ -1,0 +1,1 @@
+"""What a generated video is worth: image and motion metrics, drift over a rollout, contact sheets."""

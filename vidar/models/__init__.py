@@ -1,0 +1,1 @@
+"""Networks: the DiT, its parts, codecs, and presets."""

@@ -1,0 +1,111 @@
+"""What goes into a network: frames of a stream, and conditions.
+
+Dimension letters: b batch, f frames, h w latent height and width, c channels, s text tokens, k action channels.
+This room must not know networks or objectives.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vidar.attention.cache import ConditionCache
+from vidar.attention.visibility import Layout
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["latents", "level", "time", "start", "active"],
+    meta_fields=["layout"],
+)
+@dataclass(frozen=True)
+class Frames:
+    """One stream of frames.
+
+    Attributes:
+        latents: `[b, f, h, w, c]`.
+        level: Noise level of each frame in [0, 1], `[b, f]`.
+        layout: Static offsets, chunks and roles of the frames.
+        time: What the network is told, `[b, f]`; None for 1000 · level.
+        start: Absolute frame of the stream's offset 0, `[b]`; None for 0.
+        active: Frames that exist, `[b, f]`; None for all. Others are computed and ignored.
+    """
+
+    latents: jax.Array
+    level: jax.Array
+    layout: Layout
+    time: jax.Array | None = None
+    start: jax.Array | None = None
+    active: jax.Array | None = None
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["text", "actions", "label", "actions_kept", "label_kept", "text_kept"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Conditions:
+    """Everything besides the past that frames depend on; each field may be None.
+
+    Attributes:
+        text: Text states `[b, s, c]`, or their projected keys and values.
+        actions: Action on the way into each frame: int32 `[b, f]`, bool `[b, f, k]` or float32 `[b, f, k]`.
+        label: Class of the video, int32 `[b]`.
+        actions_kept: Rows whose actions are not dropped, bool `[b]`; None for all.
+        label_kept: Rows whose label is not dropped, bool `[b]`; None for all.
+        text_kept: Rows whose text is not dropped, bool `[b]`; None for all. Dropped text is all zeros.
+    """
+
+    text: jax.Array | ConditionCache | None = None
+    actions: jax.Array | None = None
+    label: jax.Array | None = None
+    actions_kept: jax.Array | None = None
+    label_kept: jax.Array | None = None
+    text_kept: jax.Array | None = None
+
+    def drop(self, names: Sequence[str], kept: jax.Array) -> "Conditions":
+        """Drops conditions of some rows.
+
+        Args:
+            names: Fields to drop: `text`, `actions`, `label`; absent ones are ignored.
+            kept: Rows that keep them, bool `[b]`.
+
+        Returns:
+            The conditions with their `kept` masks narrowed.
+        """
+        changes: dict[str, Any] = {}
+        for name in names:
+            if getattr(self, name) is None:
+                continue
+            before = getattr(self, f"{name}_kept")
+            changes[f"{name}_kept"] = kept if before is None else before & kept
+        return replace(self, **changes)
+
+    def frames(self, start: int, stop: int) -> "Conditions":
+        """Conditions of frames `start:stop`."""
+        return self if self.actions is None else replace(self, actions=self.actions[:, start:stop])
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["latents", "conditions", "index"], meta_fields=[])
+@dataclass(frozen=True)
+class Batch:
+    """A batch of clips as objectives see it.
+
+    Attributes:
+        latents: Clean latents `[b, f, h, w, c]`.
+        conditions: Their conditions.
+        index: Global sample index of each clip, int32 `[b]`, from which training keys derive.
+    """
+
+    latents: jax.Array
+    conditions: Conditions
+    index: jax.Array
+
+
+def repeat_rows(tree: Any, times: int) -> Any:
+    """Repeats the batch axis: branch-major rows, for folding guidance branches into the batch."""
+    return jax.tree.map(lambda x: jnp.concatenate([x] * times, axis=0) if times > 1 else x, tree)

@@ -1,0 +1,77 @@
+"""What an objective is: the contract between the losses and the driver.
+
+An objective names the networks (roles) it needs, the phases of a training step, and the loss of each phase. It knows
+the axes of the system (flow, levels, plan, visibility, guidance) and nothing of meshes, optimizers or disks.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+Networks = Mapping[str, Any]
+Metrics = Mapping[str, jax.Array]
+Aux = Any
+
+
+@dataclass(frozen=True)
+class Role:
+    """One network that an objective needs.
+
+    Attributes:
+        source: Where its initial parameters come from: `"init"` (random), `"student"` (a copy of another role's
+            initial parameters, by name), or a path to a checkpoint directory.
+        optimizer: Name of the entry of `config.optimizers` that trains it; None keeps it frozen and out of the state.
+        ema: Decay of the exponential moving average in [0, 1), or None for no average.
+        ema_start: Global step just before whose update the average starts as a copy of the parameters.
+        dtype: Storage type of a frozen role's parameters.
+    """
+
+    source: str = "init"
+    optimizer: str | None = None
+    ema: float | None = None
+    ema_start: int = 0
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One donated, compiled update within a training step.
+
+    Attributes:
+        name: Name under which its metrics are logged.
+        role: The role whose parameters it updates.
+        trainable: Predicate on a parameter's path string (`.blocks.mlp.up.kernel.value`); False freezes it.
+        batch: Which batch it consumes: phases of one step with equal names share one batch.
+        reset_optimizer: Whether the role's optimizer state is reset before this update.
+    """
+
+    name: str
+    role: str
+    trainable: Callable[[str], bool] | None = None
+    batch: str = "main"
+    reset_optimizer: bool = False
+
+
+class Objective(Protocol):
+    """A frozen dataclass of hyper-parameters with the roles, phases and losses of one training method."""
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """The networks needed, by name."""
+        ...
+
+    def init_aux(self) -> Aux:
+        """Initial auxiliary state (a pytree, saved with the training state; `()` if none)."""
+        ...
+
+    def phases(self, step: int) -> tuple[Phase, ...]:
+        """Phases of global step `step`, in order."""
+        ...
+
+    def loss(
+        self, phase: str, networks: Networks, aux: Aux, axes: Any, batch: Any, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Metrics, Aux]]:
+        """Scalar loss of one phase on one microbatch, with metrics and the next auxiliary state."""
+        ...

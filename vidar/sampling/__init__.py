@@ -1,0 +1,1 @@
+"""From plans to video: solvers, guidance, noise, the tick and the rollout."""
