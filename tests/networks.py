@@ -33,7 +33,9 @@ def randomised(model, seed: int = 1, scale: float = 0.15):
     """The network with noise added to every parameter."""
     leaves, tree = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [leaf + scale * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    noisy = [
+        leaf + scale * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(tree, noisy)
 
 

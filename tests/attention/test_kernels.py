@@ -206,4 +206,6 @@ def test_cached_step_with_a_mask_is_refused_off_xla():
 def test_rows_that_see_nothing_give_zeros(rows, columns):
     q, k, v = arrays(columns, rows=rows)
     mask = np.zeros((1, columns, columns), bool)
-    np.testing.assert_array_equal(kernels.attend(kernels.Pattern(ChunkCausal(), (chunk_layout(columns, 1),)), q, k, v, mask=mask), 0)
+    np.testing.assert_array_equal(
+        kernels.attend(kernels.Pattern(ChunkCausal(), (chunk_layout(columns, 1),)), q, k, v, mask=mask), 0
+    )

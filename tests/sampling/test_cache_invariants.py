@@ -110,9 +110,7 @@ def test_writes_of_inactive_rows_and_rows_in_step():
     assert second.count.tolist() == [2, 1, 2]
     np.testing.assert_array_equal(second.keys[:, 1, :4], 2 * keys[:, 1])
     np.testing.assert_array_equal(second.keys[:, 2, 4:8], 2 * keys[:, 2])
-    together = init_cache(
-        Geometry(3, 4), layers=2, rows=3, heads=1, head_dim=2, dtype=jnp.float32, in_step=True
-    )
+    together = init_cache(Geometry(3, 4), layers=2, rows=3, heads=1, head_dim=2, dtype=jnp.float32, in_step=True)
     together = write(write(together, keys, keys), 2 * keys, 2 * keys)
     assert int(together.count) == 2
     np.testing.assert_array_equal(together.keys[:, :, 4:8], 2 * keys)

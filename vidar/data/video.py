@@ -3,8 +3,10 @@
 It knows pixels and files only; what the frames show, and who makes them, is decided elsewhere.
 """
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -49,33 +51,49 @@ class VideoWriter:
     def __init__(self, path: str | Path, fps: float, scale: int | None = None):
         self.path = Path(path)
         self._partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
-        try:
+        with self._report():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._partial.open("wb+")
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot write video: {error.strerror}") from error
-        self._encoder = _Encoder(self._file, fps, scale, options={"movflags": "frag_keyframe+empty_moov"})
+            self._partial.touch()
+            self._encoder = _Encoder(str(self._partial), fps, scale, options={"movflags": "frag_keyframe+empty_moov"})
+        self._closed = False
 
     def append(self, frames: np.ndarray) -> None:
         """Encodes further frames.
 
         Args:
             frames: uint8 `[f, H, W, 3]`, or one frame `[H, W, 3]`; all of the same size.
+
+        Raises:
+            DataError: The disk is full.
         """
-        self._encoder.append(frames)
+        with self._report():
+            self._encoder.append(frames)
 
     def close(self) -> None:
-        """Flushes and puts the file in its place; without frames, no file appears. Further calls do nothing."""
-        if self._file.closed:
+        """Flushes and puts the file in its place; without frames, no file appears. Further calls do nothing.
+
+        Raises:
+            DataError: The disk is full.
+        """
+        if self._closed:
             return
-        written = self._encoder.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if written:
+        self._closed = True
+        with self._report():
+            if not self._encoder.close():
+                self._partial.unlink()
+                return
+            with self._partial.open("rb+") as file:
+                os.fsync(file.fileno())
             os.replace(self._partial, self.path)
-        else:
-            self._partial.unlink()
+
+    @contextlib.contextmanager
+    def _report(self) -> Iterator[None]:
+        import av
+
+        try:
+            yield
+        except (OSError, av.FFmpegError) as error:
+            raise DataError(f"{self.path}: cannot write video: {error.strerror}") from error
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -151,9 +169,9 @@ def decode_video(data: bytes, where: str) -> np.ndarray:
 
 
 class _Encoder:
-    """H.264 into an open file; knows sizes only after the first frame."""
+    """H.264 into a file, by name or open; knows sizes only after the first frame."""
 
-    def __init__(self, file: Any, fps: float, scale: int | None, options: dict[str, str]):
+    def __init__(self, file: str | io.BytesIO, fps: float, scale: int | None, options: dict[str, str]):
         import av
 
         self._container = av.open(file, "w", format="mp4", options=options)
@@ -194,7 +212,7 @@ class _Encoder:
         self._stream.options = {"crf": str(QUALITY), "preset": "veryfast"}
 
 
-def _decode(file: Any, where: str) -> np.ndarray:
+def _decode(file: str | io.BytesIO, where: str) -> np.ndarray:
     import av
 
     try:

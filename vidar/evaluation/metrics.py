@@ -91,7 +91,7 @@ def horizontal_flow(before: np.ndarray, after: np.ndarray, reach: int = 8, windo
     Args:
         before: uint8 `[..., h, w, 3]`.
         after: uint8, the same shape.
-        reach: Largest motion looked for, in pixels to either side, and half as much up and down.
+        reach: Largest motion looked for, in pixels to either side, and a quarter of it up and down.
         window: Side of the neighbourhood in pixels, odd.
 
     Returns:
@@ -101,7 +101,7 @@ def horizontal_flow(before: np.ndarray, after: np.ndarray, reach: int = 8, windo
     first, second = _luma(before), _luma(after)
     shape = first.shape[:-2]
     first, second = (np.reshape(luma, (-1, *luma.shape[-2:])) for luma in (first, second))
-    horizontal, vertical = np.arange(-reach, reach + 1), np.arange(-(reach // 2), reach // 2 + 1)
+    horizontal, vertical = np.arange(-reach, reach + 1), np.arange(-(reach // 4), reach // 4 + 1)
     # The best vertical offset for each horizontal one: only horizontal motion is asked for.
     cost = np.stack([np.min([_mismatch(first, second, dy, dx, window) for dy in vertical], 0) for dx in horizontal])
     best = np.argmin(cost, axis=0)
@@ -170,8 +170,8 @@ def _mismatch(first: np.ndarray, second: np.ndarray, dy: int, dx: int, window: i
     squared, inside = np.zeros_like(first), np.zeros((1, height, width), np.float32)
     squared[:, rows, columns] = (first[:, rows, columns] - second[:, moved_rows, moved_columns]) ** 2
     inside[:, rows, columns] = 1
-    seen = _box(inside, window)
-    # A neighbourhood that lies half outside may match anything.
+    # A neighbourhood of which half has left the image may match anything.
+    seen = _box(inside, window) / _box(np.ones_like(inside), window)
     return np.where(seen > 0.5, _box(squared, window) / np.maximum(seen, 0.5), np.inf)
 
 
@@ -193,8 +193,7 @@ def _vertex(cost: np.ndarray, best: np.ndarray) -> np.ndarray:
     )
     inner = (best > 0) & (best < len(cost) - 1) & np.isfinite(left) & np.isfinite(right)
     left, right = np.where(inner, left, centre), np.where(inner, right, centre)
-    curvature = left - 2 * centre + right
-    return np.clip((left - right) / np.maximum(2 * curvature, 1e-12), -0.5, 0.5)
+    return np.clip((left - right) / np.maximum(2 * (left - 2 * centre + right), 1e-12), -0.5, 0.5)
 
 
 def _finite(cost: np.ndarray) -> np.ndarray:

@@ -319,7 +319,9 @@ class DiT(nnx.Module):
         text = self._text(conditions)
         past = None if cache is None else (cache.keys, cache.values)
         layers = (self.blocks, past, None if text is None else (text.keys, text.values))
-        x_bfpm, (keys, values, features) = jax.lax.scan(jax.checkpoint(block) if config.remat else block, x_bfpm, layers)
+        x_bfpm, (keys, values, features) = jax.lax.scan(
+            jax.checkpoint(block) if config.remat else block, x_bfpm, layers
+        )
         predictions = self._predict(x_bfpm, embedding, [s.layout.frames for s in streams], (height, width), dtype)
         return Output(predictions, keys, values, tuple(features[tap] for tap in taps))
 
@@ -371,7 +373,9 @@ def _masks(
     level = jnp.concatenate([stream.level for stream in streams], axis=1)
     roles = jnp.asarray([role for stream in streams for role in stream.layout.roles], jnp.int32)[None]
     if cache is None:
-        arrays = ([value for s in streams for value in getattr(s.layout, name)] for name in ("offsets", "chunks", "ends"))
+        arrays = (
+            [value for s in streams for value in getattr(s.layout, name)] for name in ("offsets", "chunks", "ends")
+        )
         own = Tokens(*(jnp.asarray(values, jnp.int32)[None] for values in arrays), role=roles, level=level)
     else:
         own = cache.geometry.chunk_tokens(_absolute_frames(streams), role=roles, level=level)

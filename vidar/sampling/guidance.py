@@ -78,5 +78,3 @@ def combine(predictions: jax.Array, guidance: Guidance) -> jax.Array:
     split = predictions.reshape(len(guidance), -1, *predictions.shape[1:])
     terms = [branch.coefficient * part for branch, part in zip(guidance, split, strict=True)]
     return sum(terms[1:], terms[0])
-
-

@@ -3,6 +3,7 @@
 This module knows iterators and placements; it must not know what a batch contains.
 """
 
+import math
 import queue
 import threading
 import time
@@ -55,7 +56,7 @@ class Batches:
         self._iterators = {name: factory() for name, factory in factories.items()}
         self._prepare = prepare
         self._sharding = NamedSharding(mesh, rules.spec(("batch",)))
-        self._shards = self._sharding.num_devices // len(self._sharding.device_set - self._sharding.device_set or {0})
+        self._shards = _shards_of_this_process(self._sharding)
         self._positions = {name: iterator.get_state() for name, iterator in self._iterators.items()}
         self._queues: dict[str, queue.Queue[Any]] = {}
         self._stopped = threading.Event()
@@ -63,7 +64,7 @@ class Batches:
     def abstract(self, name: str) -> Any:
         """Returns the shapes and placements of a stream's batches, from its next batch, which it does not use up."""
         iterator = self._iterators[name]
-        placed = self._place(next(iterator), name)
+        placed = self._place(next(iterator))
         iterator.set_state(self._positions[name])
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), placed)
 
@@ -85,7 +86,70 @@ class Batches:
         started = time.perf_counter()
         entry = self._queues[name].get()
         waited = time.perf_counter() - started
-        if isinstance(entry, BaseException):
+        if isinstance(entry, Exception):
             raise entry
         batch, self._positions[name] = entry
         return batch, waited
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position of every stream just after the last batch that was taken."""
+        return dict(self._positions)
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Moves every stream to a saved position; only before the first `next`."""
+        for name, iterator in self._iterators.items():
+            if name not in state:
+                raise DataError(f"the checkpoint knows no position of the batches {name!r}, only of {sorted(state)}")
+            iterator.set_state(state[name])
+            self._positions[name] = state[name]
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._stopped.set()
+
+    def _read(self, name: str) -> None:
+        """In a thread: reads ahead, with each batch the position after it; hands on what goes wrong."""
+        iterator = self._iterators[name]
+        entry: Any = None
+        while not (self._stopped.is_set() or isinstance(entry, Exception)):
+            try:
+                entry = (self._place(next(iterator)), iterator.get_state())
+            except StopIteration:
+                entry = DataError(f"the batches {name!r} ended; training needs a source that repeats")
+            except Exception as error:
+                entry = error
+            self._put(name, entry)
+
+    def _put(self, name: str, entry: Any) -> None:
+        """Puts an entry into a stream's queue, unless the threads are to end."""
+        while not self._stopped.is_set():
+            try:
+                return self._queues[name].put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _place(self, raw: Any) -> Any:
+        """Prepares a batch and places this process's share of it."""
+        return jax.tree.map(self._place_leaf, self._prepare(raw))
+
+    def _place_leaf(self, leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        if leaf.ndim == 0 or leaf.shape[0] % self._shards:
+            raise ConfigError(
+                f"a batch entry of shape {leaf.shape} does not split over the {self._shards} batch shards (data × fsdp) "
+                f"of this process; its first dimension must be a multiple of {self._shards}"
+            )
+        return jax.make_array_from_process_local_data(self._sharding, leaf)
+
+
+def _shards_of_this_process(sharding: NamedSharding) -> int:
+    """Returns into how many parts this process's rows are split; each process must have rows of its own."""
+    entry = sharding.spec[0]
+    axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    shards = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    if shards % jax.process_count():
+        raise ConfigError(
+            f"{shards} batch shards (data × fsdp) do not split over {jax.process_count()} processes, each of which reads "
+            f"data of its own; make data × fsdp a multiple of {jax.process_count()}"
+        )
+    return shards // jax.process_count()

@@ -121,7 +121,9 @@ def make_optimizer(config: OptimizerConfig, axes: Mapping[str, Sequence[str | No
             weight_decay=config.weight_decay,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
-            muon_weight_dimension_numbers=lambda parameters: {path: _muon_dimensions(axes[path]) for path in parameters},
+            muon_weight_dimension_numbers=lambda parameters: {
+                path: _muon_dimensions(axes[path]) for path in parameters
+            },
         )
     else:
         transform = optax.chain(optax.add_decayed_weights(config.weight_decay, decayed), optax.sgd(1.0, config.beta1))

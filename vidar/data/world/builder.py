@@ -4,11 +4,13 @@ Importing this module imports `tensorflow_datasets`; nothing else in the package
 other, by name (`vidar/data/pipeline.py`).
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -16,42 +18,46 @@ from tqdm import tqdm
 
 from vidar.data.world.captions import caption
 from vidar.data.world.rendering import render
-from vidar.data.world.simulation import WorldConfig, sample_actions, simulate
+from vidar.data.world.simulation import ACTIONS, WorldConfig, sample_actions, simulate
 from vidar.errors import ConfigError, DataError
 
 NAME = "vidar_world"
 WORLDS = {"one_shape": WorldConfig(), "shapes": WorldConfig(size=32, shapes=3)}
 SPLITS = ("train", "validation")
-
-
-@dataclasses.dataclass(eq=False)
-class WorldBuilderConfig(tfds.core.BuilderConfig):
-    """A world and how much of it to generate.
-
-    Attributes:
-        world: Rules of the world; `world.frames` is the length of the clips.
-        clips: Number of clips of each split.
-        seed: Seed of the whole set.
-    """
-
-    world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
-    clips: dict[str, int] = dataclasses.field(default_factory=lambda: {"train": 4_000, "validation": 200})
-    seed: int = 0
-
-    def settings(self) -> dict[str, Any]:
-        """Everything that the data depend on, as plain values."""
-        return {"world": dataclasses.asdict(self.world), "clips": self.clips, "seed": self.seed}
+CLIPS = {"train": 4_000, "validation": 200}
 
 
 class VidarWorld(tfds.core.GeneratorBasedBuilder):
-    """Clips of coloured shapes that move, collide and enter, with actions on one of them, a caption and the true states."""
+    """Clips of coloured shapes that move, collide and enter, with actions on one of them, a caption and the true states.
+
+    Args:
+        clips: Number of clips of each split.
+        frames: Frames of a clip.
+        seed: Seed of the whole set.
+        **kwargs: As for any TFDS builder: `config`, `data_dir`, `file_format`.
+    """
 
     name = NAME
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [WorldBuilderConfig(name=name, world=world) for name, world in WORLDS.items()]  # noqa: RUF012
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in WORLDS]
+
+    def __init__(self, clips: dict[str, int] | None = None, frames: int = 16, seed: int = 0, **kwargs: Any):
+        self._clips = clips or CLIPS
+        self._frames = frames
+        self._seed = seed
+        super().__init__(**kwargs)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the data depend on, as plain values."""
+        return {"world": dataclasses.asdict(self._world), "clips": self._clips, "seed": self._seed}
+
+    @property
+    def _world(self) -> WorldConfig:
+        return dataclasses.replace(WORLDS[self.builder_config.name], frames=self._frames)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        world = self.builder_config.world
+        world = self._world
         features = {
             "video": tfds.features.Tensor(shape=(None, world.size, world.size, 3), dtype=np.uint8),
             "actions": tfds.features.Tensor(shape=(None,), dtype=np.int32),
@@ -66,7 +72,9 @@ class VidarWorld(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(settings=json.dumps(self.builder_config.settings(), sort_keys=True)),
+            metadata=tfds.core.MetadataDict(
+                settings=json.dumps(self.settings, sort_keys=True), actions=json.dumps(ACTIONS)
+            ),
             disable_shuffling=True,
         )
 
@@ -74,16 +82,15 @@ class VidarWorld(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        config = self.builder_config
-        for number in tqdm(range(config.clips[split]), desc=f"{NAME}/{config.name} {split}", unit="clip"):
-            yield number, _example(config.world, clip_seed(config.seed, split, number))
+        for number in tqdm(range(self._clips[split]), desc=f"{self.builder_config.name} {split}", unit="clip"):
+            yield number, _example(self._world, clip_seed(self._seed, split, number))
 
 
 def prepare(
     directory: str | Path,
     config: str = "one_shape",
-    clips: int = 4_000,
-    validation_clips: int = 200,
+    clips: int = CLIPS["train"],
+    validation_clips: int = CLIPS["validation"],
     frames: int = 16,
     seed: int = 0,
 ) -> Path:
@@ -108,17 +115,25 @@ def prepare(
         raise ConfigError(f"{NAME}/{config}: no such config; known are {', '.join(WORLDS)}")
     if min(clips, validation_clips) < 1 or not 0 <= seed < 2**31:
         raise ConfigError(f"clips={clips}, validation_clips={validation_clips} and seed={seed} must be positive")
-    world = dataclasses.replace(WORLDS[config], frames=frames)
-    counts = dict(zip(SPLITS, (clips, validation_clips), strict=True))
-    settings = WorldBuilderConfig(name=config, world=world, clips=counts, seed=seed)
-    builder = VidarWorld(data_dir=str(directory), config=settings, file_format="array_record")
+    builder = VidarWorld(
+        clips={"train": clips, "validation": validation_clips},
+        frames=frames,
+        seed=seed,
+        config=config,
+        data_dir=str(directory),
+        file_format="array_record",
+    )
     target = Path(builder.data_dir)
-    if builder.info.metadata["settings"] != json.dumps(settings.settings(), sort_keys=True):
+    if builder.info.metadata["settings"] != json.dumps(builder.settings, sort_keys=True):
         raise DataError(f"{target}: holds a set of other settings; choose another directory, or delete this one")
+    tfds.disable_progress_bar()  # its bars count splits and shuffles; the one that matters is in _generate_examples
     try:
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # it would announce a download of unknown size
+            builder.download_and_prepare()
     except OSError as error:
         raise DataError(f"{target}: cannot write: {error.strerror}") from error
+    finally:
+        tfds.enable_progress_bar()
     return target
 
 

@@ -1,0 +1,321 @@
+"""The chunks in flight during one tick: entering with fresh noise, rows of a plan, commit, leaving.
+
+A flight exists within a tick only; between ticks there is `State`. This room must not know objectives or drivers.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vidar.attention.cache import ContextCache, write
+from vidar.attention.visibility import Layout, chunk_layout
+from vidar.diffusion import flow
+from vidar.diffusion.plan import Commit, RowGroup
+from vidar.errors import ConfigError
+from vidar.models.frames import Conditions, Frames, repeat_rows
+from vidar.sampling.guidance import combine, fold
+from vidar.sampling.noise import Purpose, frame_noise
+from vidar.sampling.solvers import level_table
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "latents", "actions", "next_frame", "origin", "limit", "key", "active"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class State:
+    """Everything that a rollout carries from tick to tick.
+
+    Attributes:
+        cache: Context cache over all branches; None where the plan keeps no context (lag 0).
+        latents: Chunks in flight between ticks, oldest first, `[b, f, h, w, c]` (f may be 0).
+        actions: Actions of the frames in flight, or None.
+        next_frame: Absolute frame at which the next chunk starts, `[b]`, or a scalar for rows in step.
+        origin: First generated frame; frames before it were given.
+        limit: Frame at which generation ends; later chunks never exist.
+        key: Session keys `[b]`.
+        active: Sessions that run, bool `[b]`, or None when all do.
+    """
+
+    cache: ContextCache | None
+    latents: jax.Array
+    actions: jax.Array | None
+    next_frame: jax.Array
+    origin: jax.Array
+    limit: jax.Array
+    key: jax.Array
+    active: jax.Array | None = None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["latents", "frame", "valid"], meta_fields=[])
+@dataclass(frozen=True)
+class Chunk:
+    """What a tick emits.
+
+    Attributes:
+        latents: Finished frames `[b, f, h, w, c]`.
+        frame: Absolute index of the first of them, `[b]`.
+        valid: Whether the row emitted anything, bool `[b]`.
+    """
+
+    latents: jax.Array
+    frame: jax.Array
+    valid: jax.Array
+
+
+@dataclass(frozen=True)
+class Flight:
+    """The chunks of one tick, between entering and leaving it."""
+
+    sampler: Any
+    state: State
+    latents: jax.Array
+    conditions: Conditions
+    start: jax.Array
+    layout: Layout
+    exists: jax.Array | None = None
+
+    @classmethod
+    def enter(cls, sampler: Any, state: State, conditions: Conditions) -> "Flight":
+        """Brings the new chunk's noise in behind the chunks in flight."""
+        program = sampler.program
+        new = sampler.chunk if program.lag else sampler.frames
+        frames = sampler.carried + new
+        rows = state.key.shape[0]
+        new_frames = jnp.broadcast_to(jnp.reshape(state.next_frame, (-1, 1)), (rows, 1)) + _range(new)[None]
+        noise = frame_noise(state.key, Purpose.INITIAL, new_frames, jnp.zeros((new,), jnp.int32), sampler.latent)
+        latents = jnp.concatenate([state.latents, noise], axis=1)
+        if conditions.actions is not None and state.actions is not None:
+            actions = jnp.concatenate([state.actions, conditions.actions], axis=1)
+            conditions = replace(conditions, actions=actions)
+        start = state.next_frame - sampler.carried
+        layout = chunk_layout(frames, sampler.chunk, independent_first_frame=sampler.first and not program.lag)
+        exists = None
+        if sampler.carried:
+            frame = jnp.reshape(start, (-1, 1)) + _range(frames)[None]
+            exists = (frame >= jnp.reshape(state.origin, (-1, 1))) & (frame < jnp.reshape(state.limit, (-1, 1)))
+        return cls(sampler, state, latents, conditions, start, layout, exists)
+
+    # ---------------------------------------------------------------------------------------------------------- rows
+
+    def run(self, model: Any, group: RowGroup) -> "Flight":
+        """Runs the rows of a denoising or fused group; a group of several rows is scanned."""
+        before = np.asarray(group.before, np.int32)
+        after = np.asarray(group.after, np.int32)
+        skip = self.sampler.carried // self.sampler.chunk + self._new_chunks - before.shape[1]
+
+        def row(latents: jax.Array, progress: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+            part = self._slots(latents, skip)
+            output, stepped = part._row(model, *progress, fused=group.kind == "fused")
+            latents = jnp.concatenate([latents[:, : skip * self.sampler.chunk], stepped], axis=1)
+            return latents, (output.keys, output.values) if group.write else None
+
+        if len(before) == 1:
+            latents, written = row(self.latents, (jnp.asarray(before[0]), jnp.asarray(after[0])))
+        else:
+            latents, written = jax.lax.scan(row, self.latents, (jnp.asarray(before), jnp.asarray(after)))
+        flight = replace(self, latents=latents)
+        if not group.write:
+            return flight
+        keys, values = written
+        first = slice(0, self.sampler.chunk * self.sampler.tokens)
+        return flight._write(keys[:, :, first], values[:, :, first])
+
+    @property
+    def _new_chunks(self) -> int:
+        return self.sampler.program.emits if not self.sampler.program.lag else 1
+
+    def _slots(self, latents: jax.Array, skip: int) -> "Flight":
+        """The flight without its first `skip` chunks (the committed chunk of a fused plan's later rows)."""
+        frames = skip * self.sampler.chunk
+        if not frames:
+            return replace(self, latents=latents)
+        actions = cut(self.conditions.actions, slice(frames, None))
+        return replace(
+            self,
+            latents=latents[:, frames:],
+            conditions=replace(self.conditions, actions=actions),
+            start=self.start + frames,
+            layout=chunk_layout(self.layout.frames - frames, self.sampler.chunk),
+            exists=cut(self.exists, slice(frames, None)) if self.sampler.program.width > 1 else None,
+        )
+
+    def _row(
+        self, model: Any, before_u: jax.Array, after_u: jax.Array, *, fused: bool = False
+    ) -> tuple[Any, jax.Array]:
+        """One forward and one solver step of every chunk whose progress advances."""
+        sampler = self.sampler
+        table = jnp.asarray(level_table(sampler.solver))
+        chunk_of = np.asarray(self.layout.chunks)
+        before, after = before_u[chunk_of], after_u[chunk_of]
+        level, next_level = table[before], table[after]
+        moved = after > before
+        time = None
+        if fused:
+            pending = jnp.asarray(chunk_of == 0)
+            level = jnp.where(pending, sampler.commit.level, level)
+            time = jnp.where(pending, _commit_time(sampler.commit), 1000.0 * level)
+        x = self._noised(pending) if fused and sampler.commit.noise else self.latents
+        output, prediction = self._forward(model, x, level, time)
+        noise = None
+        if sampler.solver.stochastic:
+            noise = frame_noise(self.state.key, Purpose.RENOISE, self._frames(), after, sampler.latent)
+        rows = x.shape[0]
+        levels = (jnp.broadcast_to(value[None], (rows, value.shape[0])) for value in (level, next_level))
+        stepped = sampler.solver.step(model.config.prediction, prediction, self.latents, *levels, noise)
+        return output, jnp.where(moved[None, :, None, None, None], stepped, self.latents)
+
+    def _forward(
+        self, model: Any, latents: jax.Array, level_f: jax.Array, time_f: jax.Array | None, drops: tuple[str, ...] = ()
+    ) -> tuple[Any, jax.Array]:
+        """One pass of all branches; returns the raw output and the guided prediction."""
+        branches = self.sampler.guidance
+        rows = latents.shape[0]
+        conditions = self.conditions
+        if drops:
+            conditions = conditions.drop(drops, jnp.zeros((rows,), bool))
+
+        def spread(value: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(value[None], (rows * len(branches), value.shape[0]))
+
+        start = jnp.broadcast_to(self.start, (rows,))
+        frames = Frames(
+            latents=repeat_rows(latents, len(branches)),
+            level=spread(level_f),
+            layout=self.layout,
+            time=None if time_f is None else spread(time_f),
+            start=repeat_rows(start, len(branches)),
+            active=None if self.exists is None else repeat_rows(
+                jnp.broadcast_to(self.exists, (rows, self.exists.shape[1])), len(branches)
+            ),
+        )  # fmt: skip
+        output = model(
+            (frames,), fold(conditions, branches), visibility=self.sampler.visibility, cache=self.state.cache
+        )
+        return output, combine(output.predictions[0], branches)
+
+    # -------------------------------------------------------------------------------------------------- exit, commit
+
+    def run_to_exit(self, model: Any, exit_row: jax.Array) -> "Flight":
+        """Self-forcing form of the denoising rows: the clean prediction at `exit_row`, the only differentiated pass."""
+        if self.sampler.program.width != 1 or self.sampler.carried:
+            raise ConfigError("exit_row needs one chunk in flight: lag = steps and a commit pass of its own")
+        frozen = jax.lax.stop_gradient(model)
+        constant = replace(self, state=jax.lax.stop_gradient(self.state))
+
+        def step(row: jax.Array, latents: jax.Array) -> jax.Array:
+            flight = replace(constant, latents=latents)
+            return flight._row(frozen, row[None], row[None] + 1)[1]
+
+        latents = jax.lax.fori_loop(0, exit_row, step, jax.lax.stop_gradient(self.latents))
+        latents = jax.lax.stop_gradient(latents)
+        level = jnp.broadcast_to(jnp.asarray(level_table(self.sampler.solver))[exit_row], (self.layout.frames,))
+
+        @jax.checkpoint
+        def predict(model: Any, latents: jax.Array) -> jax.Array:
+            _, prediction = constant._forward(model, latents, level, None)
+            rows = jnp.broadcast_to(level[None], (latents.shape[0], level.shape[0]))
+            return flow.to_x0(model.config.prediction, prediction, latents, rows)
+
+        return replace(self, latents=predict(model, latents))
+
+    def commit_first(self, model: Any) -> "Flight":
+        """Writes the finished oldest chunk to the cache, by a pass at the commit's level; never differentiated."""
+        frames = self.sampler.chunk
+        commit = self.sampler.commit
+        part = replace(
+            self,
+            state=jax.lax.stop_gradient(self.state),
+            latents=jax.lax.stop_gradient(self.latents[:, :frames]),
+            conditions=self.conditions.frames(0, frames),
+            layout=chunk_layout(frames, frames),
+            exists=None,
+        )
+        level = jnp.full((frames,), commit.level, jnp.float32)
+        time = None if commit.time is None else jnp.full((frames,), commit.time, jnp.float32)
+        latents = part._noised(jnp.ones((frames,), bool)) if commit.noise else part.latents
+        output, _ = part._forward(jax.lax.stop_gradient(model), latents, level, time, commit.drops)
+        return self._write(output.keys, output.values)
+
+    def _noised(self, pending_f: jax.Array) -> jax.Array:
+        """Latents with real noise at the commit's level on the frames that are committed."""
+        level = jnp.where(pending_f, self.sampler.commit.level, 0.0)
+        noise = frame_noise(
+            self.state.key, Purpose.CONTEXT, self._frames(), jnp.zeros(level.shape, jnp.int32), self.sampler.latent
+        )
+        rows = jnp.broadcast_to(level[None], (self.latents.shape[0], level.shape[0]))
+        return flow.interpolate(self.latents, noise, rows)
+
+    def _frames(self) -> jax.Array:
+        rows = self.latents.shape[0]
+        start = jnp.broadcast_to(jnp.reshape(self.start, (-1, 1)), (rows, 1))
+        return start + _range(self.layout.frames)[None]
+
+    def _write(self, keys: jax.Array, values: jax.Array) -> "Flight":
+        cache = self.state.cache
+        assert cache is not None
+        branches = len(self.sampler.guidance)
+        active = self._emitting()
+        if active is not None:
+            active = active[0] if cache.count.ndim == 0 else repeat_rows(active, branches)
+        return replace(self, state=replace(self.state, cache=write(cache, keys, values, active)))
+
+    def _emitting(self) -> jax.Array | None:
+        """Rows whose oldest chunk exists and whose session runs; None for all."""
+        rows = self.latents.shape[0]
+        exists = None if self.exists is None else jnp.broadcast_to(self.exists[:, 0], (rows,))
+        if self.state.active is None:
+            return exists
+        return self.state.active if exists is None else exists & self.state.active
+
+    # --------------------------------------------------------------------------------------------------------- leave
+
+    def leave(self) -> tuple[State, Chunk]:
+        """Emits the oldest finished chunk and keeps the others in flight."""
+        sampler, state = self.sampler, self.state
+        rows = self.latents.shape[0]
+        frames = sampler.chunk
+        new = self.layout.frames - sampler.carried
+        if not sampler.program.lag:
+            everything = Chunk(self.latents, jnp.broadcast_to(state.next_frame, (rows,)), jnp.ones((rows,), bool))
+            return replace(state, next_frame=state.next_frame + new), everything
+        # A fused plan keeps the emitted chunk one more tick, until it is committed.
+        fused = sampler.commit.kind == "fused"
+        emitted = self._slots(self.latents, 1) if fused else self
+        first = jnp.broadcast_to(emitted.start, (rows,))
+        valid = (first >= jnp.broadcast_to(state.origin, (rows,))) & (first < jnp.broadcast_to(state.limit, (rows,)))
+        if state.active is not None:
+            valid = valid & state.active
+        chunk = Chunk(emitted.latents[:, :frames], first, valid)
+        latents, actions = self.latents[:, frames:], cut(self.conditions.actions, slice(frames, None))
+        if not sampler.carried:
+            latents, actions = latents[:, :0], cut(actions, slice(0, 0))
+        if state.actions is None:
+            actions = None
+        next_frame = state.next_frame + new
+        if state.active is not None:
+            keep = state.active
+            latents = jnp.where(keep[:, None, None, None, None], latents, state.latents)
+            if actions is not None and state.actions is not None:
+                shape = (-1,) + (1,) * (actions.ndim - 1)
+                actions = jnp.where(keep.reshape(shape), actions, state.actions)
+            next_frame = jnp.where(keep, next_frame, state.next_frame)
+        return replace(state, latents=latents, actions=actions, next_frame=next_frame), chunk
+
+
+def _commit_time(commit: Commit) -> float:
+    return 1000.0 * commit.level if commit.time is None else commit.time
+
+
+def cut(x: jax.Array | None, part: slice) -> jax.Array | None:
+    """Frames `part` of an array, or None of None."""
+    return None if x is None else x[:, part]
+
+
+def _range(count: int) -> jax.Array:
+    return jnp.arange(count, dtype=jnp.int32)

@@ -1,0 +1,291 @@
+"""Composes a system from a config: networks, codec, axes and objective, with every check across axes.
+
+A config names one choice per axis; `compose` turns it into a `System` or says in one line why it cannot be. This room
+knows all axes and nothing of drivers, disks or servers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vidar.attention.cache import ContextConfig
+from vidar.attention.visibility import (
+    Bidirectional,
+    ChunkCausal,
+    Identity,
+    KeyRange,
+    TeacherForcing,
+    Visibility,
+    Window,
+    chunk_layout,
+    leaks,
+)
+from vidar.config import build, to_dict
+from vidar.diffusion.levels import LevelsConfig
+from vidar.diffusion.plan import Commit
+from vidar.errors import ConfigError
+from vidar.models.codecs.pixel import PixelCodec
+from vidar.models.dit import DiT, DiTConfig
+from vidar.models.frames import Batch, Conditions
+from vidar.models.presets import preset
+from vidar.objectives import diffusion, self_forcing, teacher_forcing
+from vidar.objectives.protocol import Objective
+from vidar.sampling.axes import Axes
+from vidar.sampling.guidance import UNGUIDED, Guidance
+from vidar.sampling.rollout import Sampler
+from vidar.sampling.solvers import Euler, Solver
+
+Objectives = diffusion.Diffusion | teacher_forcing.TeacherForcing | self_forcing.SelfForcing
+Pattern = Bidirectional | ChunkCausal | TeacherForcing | Identity | KeyRange
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """The clips that a system is trained on.
+
+    Attributes:
+        height: Pixel height.
+        width: Pixel width.
+        frames: Latent frames of a clip.
+        chunk: Latent frames a chunk.
+        independent_first_frame: Whether the first frame is a chunk of its own.
+    """
+
+    height: int = 16
+    width: int = 16
+    frames: int = 8
+    chunk: int = 1
+    independent_first_frame: bool = False
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """How the student generates.
+
+    Attributes:
+        lag: Solver steps between the starts of two chunks; None for one chunk after the other, 0 for all at once.
+        commit: How finished chunks enter the context.
+    """
+
+    lag: int | None = None
+    commit: Commit = field(default_factory=lambda: Commit("extra_pass"))
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """One choice on each axis.
+
+    Attributes:
+        objective: The loss and its networks; a `kind` of the form `package.module:Class` names one defined elsewhere.
+        video: Clips.
+        codec: Pixels to latents.
+        model: The student's network.
+        teacher: The network of teacher and critic; None for the student's.
+        visibility: Who sees whom in training; the window is added from `context`.
+        levels: Training levels.
+        solver: Solver of generation.
+        plan: Plan of generation.
+        context: Window, sink and positions.
+        guidance: Branches of generation.
+        drop: Probability that a training clip's conditions are dropped.
+    """
+
+    objective: Objectives
+    video: VideoConfig = field(default_factory=VideoConfig)
+    codec: PixelCodec = field(default_factory=PixelCodec)
+    model: DiTConfig = field(default_factory=DiTConfig)
+    teacher: DiTConfig | None = None
+    visibility: Pattern = field(default_factory=ChunkCausal)
+    levels: LevelsConfig = field(default_factory=LevelsConfig)
+    solver: Solver = field(default_factory=Euler)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
+    guidance: Guidance = UNGUIDED
+    drop: float = 0.0
+
+
+@dataclass(frozen=True)
+class System:
+    """A composed system.
+
+    Attributes:
+        config: What it was composed from.
+        objective: The objective.
+        axes: The axes, for the objective.
+    """
+
+    config: SystemConfig
+    objective: Objective
+    axes: Axes
+
+    @property
+    def codec(self) -> PixelCodec:
+        """The codec."""
+        return self.config.codec
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the student generates."""
+        return self.axes.sampler
+
+    def model_config(self, role: str) -> DiTConfig:
+        """Network of a role: teacher and critic may differ from the student."""
+        return self.config.teacher or self.config.model if role in ("teacher", "critic") else self.config.model
+
+    def build(self, role: str, key: jax.Array) -> DiT:
+        """Creates a role's network.
+
+        Args:
+            role: `student`, `teacher` or `critic`.
+            key: Source of the initial values.
+
+        Returns:
+            The network.
+        """
+        return DiT(self.model_config(role), rngs=nnx.Rngs(key))
+
+    def prepare(self, batch: Mapping[str, Any]) -> Batch:
+        """Turns a batch of arrays as data pipelines yield them into what objectives see; runs inside a compiled step.
+
+        Args:
+            batch: `pixels` uint8 `[b, f, h, w, 3]` (or `latents`), `index`, and conditions that the network uses.
+
+        Returns:
+            The batch, with pixels encoded.
+        """
+        latents = batch["latents"] if "latents" in batch else self.codec.encode(batch["pixels"])
+        model = self.config.model
+        conditions = Conditions(
+            text=batch["text"] if model.text else None,
+            actions=batch["actions"] if model.actions else None,
+            label=batch["label"] if model.classes else None,
+        )
+        return Batch(latents, conditions, batch["index"].astype(jnp.int32))
+
+
+def compose(config: SystemConfig) -> System:
+    """Composes a system and checks that its choices fit together.
+
+    Args:
+        config: One choice on each axis.
+
+    Returns:
+        The system.
+
+    Raises:
+        ConfigError: Choices contradict each other; one line says which and what would be right.
+    """
+    video, model = config.video, config.model
+    height, width = config.codec.latent_size(video.height, video.width)
+    _check_video(video)
+    config.context.check(video.chunk, video.independent_first_frame)
+    if model.channels != config.codec.channels:
+        raise ConfigError(f"model.channels={model.channels}, but the codec gives {config.codec.channels} channels")
+    sampler = Sampler(
+        visibility=_generation(config),
+        latent=(height, width, config.codec.channels),
+        tokens=model.tokens(height, width),
+        frames=video.frames,
+        chunk=video.chunk,
+        solver=config.solver,
+        lag=config.plan.lag,
+        commit=config.plan.commit,
+        context=config.context,
+        guidance=config.guidance,
+        first=video.independent_first_frame,
+        cache_dtype=model.precision.compute,
+    )
+    _check_plan(config, sampler)
+    _check_objective(config)
+    axes = Axes(config.levels, windowed(config.visibility, config.context), sampler, config.drop)
+    return System(config, config.objective, axes)
+
+
+def windowed(visibility: Visibility, context: ContextConfig) -> Visibility:
+    """The visibility within the context's window."""
+    return visibility if context.window is None else visibility & Window(context.window, context.sink)
+
+
+def system_config(mapping: Mapping[str, Any], cls: type = SystemConfig) -> Any:
+    """Builds a config dataclass from a dictionary, filling presets in.
+
+    Args:
+        mapping: Dictionary or `ConfigDict`; `model` and `teacher` may name a `preset` whose fields they override.
+        cls: `SystemConfig` or a subclass.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ConfigError: Unknown key or preset, wrong type.
+    """
+    entries = {key: mapping[key] for key in mapping}
+    for role in ("model", "teacher"):
+        given = entries.get(role)
+        if given is not None and hasattr(given, "keys") and "preset" in given:
+            given = {key: given[key] for key in given}
+            entries[role] = to_dict(preset(given.pop("preset")).model) | given
+    return build(cls, entries)
+
+
+def _generation(config: SystemConfig) -> Visibility:
+    """Visibility of generation: the training pattern without its clean half."""
+    pattern = config.visibility
+    return windowed(ChunkCausal() if isinstance(pattern, TeacherForcing) else pattern, config.context)
+
+
+def _check_video(video: VideoConfig) -> None:
+    if video.chunk < 1 or video.frames < 1:
+        raise ConfigError(f"video.frames={video.frames} and video.chunk={video.chunk} must be at least 1")
+    head = 1 if video.independent_first_frame else 0
+    if (video.frames - head) % video.chunk:
+        fits = head + video.chunk * max(1, round((video.frames - head) / video.chunk))
+        raise ConfigError(
+            f"video.frames={video.frames} is not a whole number of chunks of {video.chunk}"
+            f"{' after the first frame' if head else ''}; {fits} would be"
+        )
+
+
+def _check_plan(config: SystemConfig, sampler: Sampler) -> None:
+    program = sampler.program
+    if not program.lag:
+        return
+    frames = config.video.frames
+    if config.context.window is not None:
+        frames = max(frames, 2 * config.context.window)
+    layout = chunk_layout(frames, config.video.chunk, independent_first_frame=config.video.independent_first_frame)
+    if leaks(sampler.visibility, layout):
+        raise ConfigError(
+            f"visibility {type(config.visibility).__name__} lets frames see later chunks, so cached keys would be "
+            "wrong: use chunk_causal, or plan.lag=0 to generate the whole clip at once"
+        )
+    if config.context.window is None and config.context.positions == "relative":
+        raise ConfigError("context.positions='relative' needs a window: set context.window")
+    if config.model.backend != "xla" and (program.width > 1 or config.plan.commit.kind == "fused"):
+        raise ConfigError(
+            f"model.backend={config.model.backend!r} runs one chunk at a time: use backend='xla' for "
+            f"lag={program.lag} of {program.steps} steps with a {config.plan.commit.kind} commit"
+        )
+
+
+def _check_objective(config: SystemConfig) -> None:
+    objective, pattern = config.objective, config.visibility
+    beside = isinstance(objective, teacher_forcing.TeacherForcing)
+    if beside != isinstance(pattern, TeacherForcing):
+        raise ConfigError(
+            f"objective {type(objective).__name__} and visibility {type(pattern).__name__} do not go together: "
+            "teacher_forcing needs visibility teacher_forcing, and only it does"
+        )
+    if isinstance(objective, self_forcing.SelfForcing):
+        if config.plan.lag not in (None, config.solver.steps) or config.plan.commit.kind != "extra_pass":
+            raise ConfigError("self_forcing rolls out one chunk at a time: use plan.lag=None and an extra_pass commit")
+        if config.video.independent_first_frame and not objective.given:
+            raise ConfigError("self_forcing with an independent first frame needs it given: set objective.given=1")
+    levels = getattr(config.levels.base, "levels", None)
+    if levels is not None and not np.all(np.diff(levels) < 0):
+        raise ConfigError(f"levels.base.levels={levels} must descend")

@@ -1,0 +1,372 @@
+"""The driver's loop: mesh, data, state, restore, steps.
+
+It knows the objective's contract, batch iterators and networks by role, and nothing of video. What stops it early
+(SIGTERM, a kill, a full disk) costs at most the steps since the last checkpoint, and nothing of their outcome.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vidar.checkpoint import Checkpoints
+from vidar.errors import CheckpointError, ConfigError
+from vidar.objectives.protocol import Objective, Phase
+from vidar.sharding import MeshConfig, Rules, make_mesh, shardings
+from vidar.training.batches import Batches, BatchIterator
+from vidar.training.config import TrainingConfig
+from vidar.training.logging import MetricWriter
+from vidar.training.optimizers import Optimizer, OptimizerConfig, make_optimizer
+from vidar.training.report import Reporter
+from vidar.training.state import (
+    LogicalAxes,
+    TrainState,
+    abstract_networks,
+    by_path,
+    fingerprint,
+    initial_networks,
+    initial_state,
+    phases_of,
+    place,
+    state_shardings,
+)
+from vidar.training.step import StepSettings, make_phase_step, metric_names
+from vidar.training.stop import StopSignal
+
+_logger = logging.getLogger("vidar")
+
+# Steps that may be under way on the device before the host waits: enough to hide the host, few enough to bound memory.
+_IN_FLIGHT = 2
+
+Callback = Callable[[int, Mapping[str, Any], MetricWriter], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one training run is made of.
+
+    Attributes:
+        objective: Names roles, phases and losses.
+        axes: The system's axes, handed to the loss.
+        build: By trained role, from a key to a random network.
+        logical_axes: From a parameter's path and array to its logical axes, for every network.
+        batches: By batch name, what creates the iterator of this process's batches (dictionaries of NumPy arrays).
+        prepare_batch: From such a dictionary to the pytree of NumPy arrays that the loss takes, batch first.
+        training: Length and rhythm.
+        optimizers: By the name that roles use.
+        frozen: By frozen role, its network with its weights.
+        initial: By role, weights to start from; None or absent for a random start or a copy of the role's source.
+        evaluate: From step, networks by role (averages where there are any) and writer to numbers for the log.
+        sample: Likewise, for sample sheets.
+        mesh: Sizes of the mesh axes.
+        rules: Logical axes to mesh axes.
+        meta: Saved with every checkpoint; JSON.
+        flops_per_step: Counted FLOPs of one step on all devices, for the utilisation.
+        tokens_per_step: Tokens of one step, for the throughput.
+    """
+
+    objective: Objective
+    axes: Any
+    build: Mapping[str, Callable[[jax.Array], Any]]
+    logical_axes: LogicalAxes
+    batches: Mapping[str, Callable[[], BatchIterator]]
+    prepare_batch: Callable[[Any], Any]
+    training: TrainingConfig
+    optimizers: Mapping[str, OptimizerConfig]
+    frozen: Mapping[str, Any] = field(default_factory=dict)
+    initial: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: Callback | None = None
+    sample: Callback | None = None
+    mesh: MeshConfig = MeshConfig()
+    rules: Rules = Rules()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    flops_per_step: float | None = None
+    tokens_per_step: float | None = None
+
+
+def train(run: Run, workdir: str | Path) -> TrainState:
+    """Trains to the last step, from the newest checkpoint in `workdir` if there is one.
+
+    SIGTERM ends it after the running step with a checkpoint.
+
+    Args:
+        run: What to train.
+        workdir: Receives `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+
+    Returns:
+        The state after the last step done.
+
+    Raises:
+        ConfigError: The run cannot work as configured.
+        CheckpointError: Checkpoints cannot be written or read.
+        DataError: The batches ended or are broken.
+        DivergenceError: Too many updates in a row were not finite.
+    """
+    workdir = Path(workdir)
+
+    # ---------------------------------------------------------------- Mesh
+    mesh = make_mesh(run.mesh)
+    _logger.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, mesh.devices.flat[0].device_kind)
+    with jax.set_mesh(mesh), StopSignal() as stop:
+        # ------------------------------------------------------------ Data
+        batches = Batches(run.batches, run.prepare_batch, mesh, run.rules)
+
+        # ------------------------------------------------------------ State: shapes, placements, then values
+        phases = phases_of(run.objective, run.training.steps)
+        frozen = _place_frozen(run, mesh)
+        program = _make_program(run, phases, frozen, batches, mesh)
+        checkpoints = Checkpoints(workdir / "checkpoints", run.training.keep, run.training.keep_every)
+        meta = _meta(run, frozen)
+        state = _restored(checkpoints, program, batches, meta) or program.initialise()
+        start = int(state.step)
+
+        # ------------------------------------------------------------ Steps
+        writer = MetricWriter(workdir, after=start, tensorboard=run.training.tensorboard)
+        reporter = Reporter(run.training, program.names, writer, mesh, run.flops_per_step, run.tokens_per_step, start)
+        loop = _Loop(run, program, batches, frozen, checkpoints, meta, writer, reporter)
+        try:
+            return loop.run(state, start, stop)
+        finally:
+            batches.close()
+            reporter.close()
+            writer.close()
+
+
+@dataclass(frozen=True)
+class _Program:
+    """What is compiled: one function per phase, and the state's first values."""
+
+    abstract: TrainState
+    placements: TrainState
+    names: Mapping[str, tuple[str, ...]]
+    steps: Mapping[tuple[str, bool], Callable[..., Any]]
+    advance: tuple[jax.Array, jax.Array]
+    initialise: Callable[[], TrainState]
+
+
+class _Loop:
+    """The steps of one run; the state lives as a flat list, because rebuilding modules costs host time every step."""
+
+    def __init__(
+        self,
+        run: Run,
+        program: _Program,
+        batches: Batches,
+        frozen: Mapping[str, Any],
+        checkpoints: Checkpoints,
+        meta: Mapping[str, Any],
+        writer: MetricWriter,
+        reporter: Reporter,
+    ):
+        self._run = run
+        self._program = program
+        self._batches = batches
+        self._frozen = frozen
+        self._frozen_leaves = jax.tree.leaves(dict(frozen))
+        self._checkpoints = checkpoints
+        self._meta = meta
+        self._writer = writer
+        self._reporter = reporter
+        self._compiled: dict[tuple[str, bool], Any] = {}
+        self._leaves: list[jax.Array] = []
+
+    def run(self, state: TrainState, start: int, stop: StopSignal) -> TrainState:
+        """Runs the steps that are left and returns the last state."""
+        training = self._run.training
+        self._leaves = jax.tree.leaves(state)
+        del state
+        running: deque[jax.Array] = deque()
+        for step in range(start, training.steps):
+            running.append(self._step(step))
+            if len(running) > _IN_FLIGHT:
+                with self._reporter.waiting_for_device():
+                    running.popleft().block_until_ready()
+            done = step + 1
+            last, stopped = done == training.steps, stop.at(done)
+            self._reporter.step_done(done, last or stopped)
+            self._call_back(self._run.evaluate, training.eval_every, done, last)
+            self._call_back(self._run.sample, training.sample_every, done, last)
+            if done % training.save_every == 0 or last or stopped:
+                self._save(done)
+            if stopped and not last:
+                _logger.warning("SIGTERM: stopped after step %d, which is saved", done)
+                break
+        self._checkpoints.wait()
+        return self._state()
+
+    def _step(self, step: int) -> jax.Array:
+        """Dispatches the phases of one step; returns an array that is ready when they are done."""
+        phases = self._run.objective.phases(step)
+        drawn: dict[str, Any] = {}
+        counter = None
+        for index, phase in enumerate(phases):
+            if phase.batch not in drawn:
+                drawn[phase.batch], waited = self._batches.next(phase.batch)
+                self._reporter.waited_for_data(waited)
+            batch = drawn[phase.batch]
+            advance = self._program.advance[index == len(phases) - 1]
+            with jax.transfer_guard("disallow"):
+                compiled = self._compile(phase, batch, advance)
+                self._leaves, report = compiled(self._leaves, self._frozen_leaves, batch, advance)
+            self._reporter.phase_done(phase.name, report)
+            counter = report["skipped"]
+        assert counter is not None
+        return counter
+
+    def _compile(self, phase: Phase, batch: Any, advance: jax.Array) -> Any:
+        """Returns the phase's executable, compiled at its first use."""
+        key = (phase.name, phase.reset_optimizer)
+        if key not in self._compiled:
+            with self._reporter.compiling(phase.name):
+                lowered = self._program.steps[key].lower(self._leaves, self._frozen_leaves, batch, advance)
+                self._compiled[key] = lowered.compile()
+        return self._compiled[key]
+
+    def _state(self) -> TrainState:
+        return jax.tree.unflatten(jax.tree.structure(self._program.abstract), self._leaves)
+
+    def _call_back(self, function: Callback | None, every: int | None, done: int, last: bool) -> None:
+        """Evaluates or samples, where it is due, with the averaged networks."""
+        if function is None or every is None or not (done % every == 0 or last):
+            return
+        with self._reporter.outside():
+            state = self._state()
+            networks = {**self._frozen, **state.networks, **state.ema}
+            values = function(done, networks, self._writer)
+            if values:
+                self._writer.scalars(done, values)
+
+    def _save(self, done: int) -> None:
+        """Starts a checkpoint; rows of the log up to it are on the disk first."""
+        with self._reporter.outside():
+            self._reporter.flush()
+            self._writer.synchronize()
+            state = self._state()
+            items = {"state": replace(state, ema={}), "ema": state.ema, "data": self._batches, "meta": self._meta}
+            self._checkpoints.save(done, {name: item for name, item in items.items() if name != "ema" or state.ema})
+
+
+def _make_program(
+    run: Run, phases: Mapping[str, Phase], frozen: Mapping[str, Any], batches: Batches, mesh: Mesh
+) -> _Program:
+    """Derives shapes and placements of the state, and the functions to compile."""
+    objective, training = run.objective, run.training
+    networks = abstract_networks(run.build)
+    missing = sorted(set(objective.roles) - set(networks) - set(frozen))
+    if missing:
+        raise ConfigError(f"role {missing[0]!r} has no network: neither built nor given as frozen")
+    aux = jax.eval_shape(objective.init_aux)
+    inputs = {name: batches.abstract(name) for name in {phase.batch for phase in phases.values()}}
+    names = {
+        name: metric_names(objective, run.axes, phase, {**frozen, **networks}, aux, inputs[phase.batch])
+        for name, phase in phases.items()
+    }
+    optimizers = {role: _optimizer(run, role, network) for role, network in networks.items()}
+
+    def initialise(given: Mapping[str, Any], key: jax.Array) -> TrainState:
+        trained = initial_networks(objective.roles, run.build, given, key)
+        return initial_state(trained, objective.roles, optimizers, objective.init_aux(), names)
+
+    given = {role: module for role, module in {**run.frozen, **run.initial}.items() if module is not None}
+    given = {role: module for role, module in given.items() if _starts_some(objective.roles, role, run.build)}
+    abstract = jax.eval_shape(initialise, given, jax.random.key(0))
+    placements = state_shardings(abstract, run.logical_axes, mesh, run.rules)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placements
+    )
+    settings = StepSettings(training.accumulate, training.log_every, training.seed, run.rules)
+    make = partial(make_phase_step, objective, run.axes, placements=placements, settings=settings)
+    steps = {}
+    for name, phase in phases.items():
+        for reset in (False, True):
+            variant = replace(phase, reset_optimizer=reset)
+            function = make(phase=variant, optimizer=optimizers[phase.role], names=names[name])
+            steps[name, reset] = _flat(function, abstract, frozen, placements, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def first_state() -> TrainState:
+        placed = {
+            role: place(module, shardings(module, run.logical_axes, mesh, run.rules)) for role, module in given.items()
+        }
+        return jax.jit(initialise, out_shardings=placements)(placed, jax.random.key(training.seed))
+
+    advance = (jax.device_put(jnp.int32(0), replicated), jax.device_put(jnp.int32(1), replicated))
+    return _Program(abstract, placements, names, steps, advance, first_state)
+
+
+def _flat(function: Any, abstract: TrainState, frozen: Any, placements: TrainState, mesh: Mesh) -> Any:
+    """Returns a jitted phase that takes and gives the state as a donated list of arrays."""
+    treedef, frozen_treedef = jax.tree.structure(abstract), jax.tree.structure(dict(frozen))
+
+    def flat(leaves: list[jax.Array], frozen_leaves: list[jax.Array], batch: Any, advance: jax.Array) -> Any:
+        state = jax.tree.unflatten(treedef, leaves)
+        state, report = function(state, jax.tree.unflatten(frozen_treedef, frozen_leaves), batch, advance)
+        return jax.tree.leaves(state), report
+
+    outputs = (jax.tree.leaves(placements), NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(flat, donate_argnums=0, out_shardings=outputs)
+
+
+def _optimizer(run: Run, role: str, network: Any) -> Optimizer:
+    """Builds the optimizer of a role."""
+    name = run.objective.roles[role].optimizer
+    if name is None or name not in run.optimizers:
+        raise ConfigError(f"role {role!r} wants optimizer {name!r}; configured: {sorted(run.optimizers)}")
+    axes = {path: tuple(run.logical_axes(path, leaf)) for path, leaf in by_path(network).items()}
+    return make_optimizer(run.optimizers[name], axes)
+
+
+def _starts_some(roles: Mapping[str, Any], role: str, build: Mapping[str, Any]) -> bool:
+    """Whether a role's given weights are needed to start a trained role: itself, or one that copies it."""
+    return role in build or any(roles[other].source == role for other in build)
+
+
+def _place_frozen(run: Run, mesh: Mesh) -> dict[str, Any]:
+    """Puts the frozen networks on the mesh in their storage types."""
+    placed = {}
+    for role, module in run.frozen.items():
+        dtype = jnp.dtype(run.objective.roles[role].dtype)
+        placements = shardings(module, run.logical_axes, mesh, run.rules)
+        cast = jax.jit(lambda module, dtype=dtype: jax.tree.map(lambda leaf: leaf.astype(dtype), module))
+        placed[role] = cast(place(module, placements))
+    return placed
+
+
+def _meta(run: Run, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what every checkpoint says about itself."""
+    return {
+        **run.meta,
+        "frozen": {
+            role: {"source": run.objective.roles[role].source, "fingerprint": fingerprint(module)}
+            for role, module in frozen.items()
+        },
+        "versions": {"jax": jax.__version__, "flax": flax.__version__},
+    }
+
+
+def _restored(checkpoints: Checkpoints, program: _Program, batches: Batches, meta: Any) -> TrainState | None:
+    """Restores the newest whole checkpoint and moves the batches to it; None where there is none."""
+    if checkpoints.latest() is None:
+        return None
+    templates = {"state": replace(program.abstract, ema={}), "data": batches, "meta": None}
+    if program.abstract.ema:
+        templates["ema"] = program.abstract.ema
+    step, items = checkpoints.restore(None, templates)
+    for role, frozen in meta["frozen"].items():
+        saved = items["meta"]["frozen"].get(role)
+        if saved is None or saved["fingerprint"] != frozen["fingerprint"]:
+            raise CheckpointError(
+                f"frozen role {role!r} is not the network that step {step} was trained with; "
+                f"give the same weights ({saved and saved['source']}), or start in another directory"
+            )
+    _logger.info("continuing after step %d", step)
+    return replace(items["state"], ema=items.get("ema", {}))

@@ -1,0 +1,44 @@
+"""Stopping between two steps when the scheduler asks for it.
+
+This module knows signals; it must not know what is stopped.
+"""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopSignal:
+    """While entered, turns SIGTERM into a request that `at` reports.
+
+    With several processes, JAX's preemption service takes the signal, and `at` is true on all of them at one step.
+    """
+
+    def __init__(self) -> None:
+        self._requested = threading.Event()
+        self._previous: Any = None
+        self._own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "StopSignal":
+        if self._own:
+            self._previous = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._own:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after a step; every process asks at every step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested.is_set()
+
+    def _request(self, _number: int, _frame: FrameType | None) -> None:
+        self._requested.set()
