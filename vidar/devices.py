@@ -4,9 +4,12 @@ The peaks are the vendors' dense bf16 figures; they turn measured times into uti
 what is being computed.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import jax
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,15 @@ def host_resident_memory() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def enable_compilation_cache(directory: str | None = None) -> None:
+    """Keeps compiled executables on disk, so that the next start of the same program compiles nothing.
+
+    Args:
+        directory: Cache directory; None for `$JAX_COMPILATION_CACHE_DIR`, or `~/.cache/vidar/xla`.
+    """
+    chosen = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "vidar" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(chosen))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -5,7 +5,8 @@ knows all axes and nothing of drivers, disks or servers.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,20 +26,22 @@ from vidar.attention.visibility import (
     chunk_layout,
     leaks,
 )
+from vidar.checkpoint import load_item
 from vidar.config import build, to_dict
 from vidar.diffusion.levels import LevelsConfig
 from vidar.diffusion.plan import Commit
-from vidar.errors import ConfigError
+from vidar.errors import CheckpointError, ConfigError
 from vidar.models.codecs.pixel import PixelCodec
 from vidar.models.dit import DiT, DiTConfig
 from vidar.models.frames import Batch, Conditions
 from vidar.models.presets import preset
 from vidar.objectives import diffusion, self_forcing, teacher_forcing
-from vidar.objectives.protocol import Objective
+from vidar.objectives.protocol import Aux, Metrics, Networks, Objective, Phase, Role
 from vidar.sampling.axes import Axes
 from vidar.sampling.guidance import UNGUIDED, Guidance
 from vidar.sampling.rollout import Sampler
 from vidar.sampling.solvers import Euler, Solver
+from vidar.weights import SUFFIX, load_weights, read_meta
 
 Objectives = diffusion.Diffusion | teacher_forcing.TeacherForcing | self_forcing.SelfForcing
 Pattern = Bidirectional | ChunkCausal | TeacherForcing | Identity | KeyRange
@@ -168,6 +171,68 @@ class System:
         return Batch(latents, conditions, batch["index"].astype(jnp.int32))
 
 
+@dataclass(frozen=True)
+class OnData:
+    """An objective on batches as pipelines yield them: pixels are encoded inside the compiled step.
+
+    Attributes:
+        system: The system whose objective it is.
+    """
+
+    system: System
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """Roles of the objective."""
+        return self.system.objective.roles
+
+    def init_aux(self) -> Aux:
+        """Auxiliary state of the objective."""
+        return self.system.objective.init_aux()
+
+    def phases(self, step: int) -> tuple[Phase, ...]:
+        """Phases of the objective."""
+        return self.system.objective.phases(step)
+
+    def loss(
+        self, phase: str, networks: Networks, aux: Aux, axes: Axes, batch: Any, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Metrics, Aux]]:
+        """Loss of the objective on the prepared batch."""
+        return self.system.objective.loss(phase, networks, aux, axes, self.system.prepare(batch), step, key)
+
+
+def load(source: str | Path, role: str = "student") -> tuple[System, DiT]:
+    """Loads a trained network with its system, from a run's directory or a weights file.
+
+    Args:
+        source: Directory of a run (with `checkpoints/`), or a `.safetensors` file.
+        role: Which network; its average is taken where there is one.
+
+    Returns:
+        The system that it was trained in, and the network.
+
+    Raises:
+        CheckpointError: There is nothing to load, or it does not fit its own config.
+    """
+    source = Path(source)
+    if source.suffix == SUFFIX:
+        system = compose(system_config(read_meta(source)["systems"][role]))
+        return system, load_weights(source, role, _template(system, role))
+    directory = source / "checkpoints"
+    if not directory.is_dir():
+        raise CheckpointError(f"{source}: neither a {SUFFIX} file nor the directory of a run (no checkpoints/ in it)")
+    meta = load_item(directory, "meta", None)
+    system = compose(system_config(meta["config"]))
+    template = _template(system, role)
+    if system.objective.roles[role].ema is not None:
+        return system, load_item(directory, "ema", {role: template})[role]
+    return system, load_item(directory, "state", {"networks": {role: template}})["networks"][role]
+
+
+def _template(system: System, role: str) -> Any:
+    return jax.eval_shape(lambda key: system.build(role, key), jax.random.key(0))
+
+
 def compose(config: SystemConfig) -> System:
     """Composes a system and checks that its choices fit together.
 
@@ -204,6 +269,34 @@ def compose(config: SystemConfig) -> System:
     _check_objective(config)
     axes = Axes(config.levels, windowed(config.visibility, config.context), sampler, config.drop)
     return System(config, config.objective, axes)
+
+
+def streaming_sampler(
+    system: System, window: int | None = None, sink: int | None = None, positions: str | None = None
+) -> Sampler:
+    """The system's sampler with a context for endless video.
+
+    Args:
+        system: The system.
+        window: Frames a chunk may see; None takes the trained window, or the training length where there was none.
+        sink: First frames that stay in view; None takes the trained sink.
+        positions: `"absolute"` or `"relative"`; None takes the trained choice.
+
+    Returns:
+        The sampler.
+
+    Raises:
+        ConfigError: The ring does not align with the chunks.
+    """
+    trained, video = system.config.context, system.config.video
+    context = ContextConfig(
+        window or trained.window or video.frames,
+        trained.sink if sink is None else sink,
+        positions or trained.positions,
+    )
+    context.check(video.chunk, video.independent_first_frame)
+    visibility = _generation(replace(system.config, context=context))
+    return replace(system.sampler, context=context, visibility=visibility)
 
 
 def windowed(visibility: Visibility, context: ContextConfig) -> Visibility:

@@ -1,20 +1,26 @@
 """Counted work against the published roofline and against counting by hand."""
 
 import itertools
+import math
 
+import jax
 import pytest
+from flax import nnx
 
 from vidar import ConfigError
 from vidar.devices import peak
+from vidar.models.dit import DiT
 from vidar.models.flops import (
     Shape,
     chunk_bytes,
     chunk_flops,
     forward_flops,
     roofline_seconds,
+    shape_of,
     training_flops,
     visible_pairs,
 )
+from vidar.models.presets import preset
 
 WAN = Shape(1536, 8960, 30, 12, 1560, 16, 16, text_tokens=512, text_width=4096)
 WAN_14B = Shape(5120, 13824, 40, 40, 1560, 16, 16, text_tokens=512, text_width=4096)
@@ -41,7 +47,7 @@ def test_parameters():
     assert WAN.parameters / 1e9 == pytest.approx(1.419, rel=1e-3)
     assert WAN_14B.parameters / 1e9 == pytest.approx(14.288, rel=1e-3)
     nfd = Shape(1024, 4096, 16, 16, 336, 16, 16, (1, 1, 1), layer_modulation=True)
-    assert nfd.parameters / 1e6 == pytest.approx(303, abs=1)
+    assert nfd.parameters / 1e6 == pytest.approx(305, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +105,20 @@ def test_training_is_three_forwards_over_the_visible_pairs():
     teacher = training_flops(WAN, "teacher_forcing", [3] * 7)
     assert teacher.linear == 2 * causal.linear
     assert teacher.attention == pytest.approx(2 * causal.attention)
+
+
+@pytest.mark.parametrize("name", ["small", "nfd_310m", "wan_1_3b", "wan_14b"])
+def test_presets_have_the_parameters_that_are_counted(name):
+    chosen = preset(name)
+    shape = shape_of(chosen.model, chosen.height, chosen.width)
+    network = jax.eval_shape(lambda key: DiT(chosen.model, rngs=nnx.Rngs(key)), jax.random.key(0))
+    built = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network))
+    assert shape.parameters == pytest.approx(built, rel=1e-2)  # without biases and actions
+
+
+def test_the_wan_preset_has_the_published_shape():
+    chosen = preset("wan_1_3b")
+    assert shape_of(chosen.model, chosen.height, chosen.width) == WAN
 
 
 def test_heads_must_divide_the_width():

@@ -6,10 +6,13 @@ It cannot die. The room knows the game; how episodes are stored is decided in `r
 
 import contextlib
 import importlib.util
+import os
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,7 +36,7 @@ def record(
     frame_skip: int = 4,
     seed: int = 0,
     shard_frames: int = 2_000,
-    encoding: str = "raw",
+    encoding: Literal["raw", "h264"] = "raw",
 ) -> None:
     """Records gameplay into a directory that `records.Episodes` reads, with splits `train` and `validation`.
 
@@ -56,7 +59,7 @@ def record(
     """
     from tqdm import tqdm
 
-    _check(scenario, frames, size, frame_skip, shard_frames, encoding)
+    _check(scenario, frames, size, frame_skip, shard_frames)
     form = Format((size, size), ACTIONS, encoding, fps=TICKS_PER_SECOND / frame_skip)
     source = {
         "game": "vizdoom",
@@ -80,7 +83,7 @@ def record(
     writer.finish()
 
 
-def _check(scenario: str, frames: int, size: int, frame_skip: int, shard_frames: int, encoding: str) -> None:
+def _check(scenario: str, frames: int, size: int, frame_skip: int, shard_frames: int) -> None:
     if scenario not in SCENARIOS:
         raise ConfigError(f"scenario: {scenario!r} is unknown; known are {', '.join(SCENARIOS)}")
     if not 8 <= size <= 480:
@@ -89,11 +92,9 @@ def _check(scenario: str, frames: int, size: int, frame_skip: int, shard_frames:
         raise ConfigError(f"frame_skip={frame_skip} and shard_frames={shard_frames} must be at least 1")
     if frames <= shard_frames:
         raise ConfigError(
-            f"frames: {frames} fill one shard of {shard_frames}, which leaves nothing to train on beside the validation "
-            f"split; give more than {shard_frames}, or a smaller shard_frames"
+            f"frames: {frames} fill one shard of {shard_frames}, which leaves nothing to train on beside the "
+            f"validation split; give more than {shard_frames}, or a smaller shard_frames"
         )
-    if encoding not in ("raw", "h264"):
-        raise ConfigError(f"encoding: {encoding!r} is unknown; known are raw, h264")
     if importlib.util.find_spec("vizdoom") is None:
         raise ConfigError("recording needs ViZDoom: pip install 'vidar[doom]'")
 
@@ -147,12 +148,24 @@ def _engine(scenario: str, size: int, seed: int) -> Iterator[Any]:
     # The engine leaves its settings and a folder where it starts.
     with tempfile.TemporaryDirectory() as folder:
         game.set_doom_config_path(str(Path(folder) / "engine.ini"))
+        if sys.platform == "linux":
+            game.set_vizdoom_path(str(_mortal(Path(vizdoom.__file__).parent / "vizdoom", Path(folder))))
         with contextlib.chdir(folder):
             game.init()
         try:
             yield game
         finally:
             game.close()
+
+
+def _mortal(engine: Path, folder: Path) -> Path:
+    """A program that starts the engine so that it dies with this process, even if this process is killed."""
+    die_with_parent = f"ctypes.CDLL(None).prctl(1, 9); os.getppid() == {os.getpid()} or sys.exit()"
+    code = f"import ctypes, os, sys; {die_with_parent}; os.execv({str(engine)!r}, [{str(engine)!r}, *sys.argv[1:]])"
+    program = folder / "engine"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -c {shlex.quote(code)} "$@"\n')
+    program.chmod(0o700)
+    return program
 
 
 class _Wanderer:

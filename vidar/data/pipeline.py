@@ -110,9 +110,10 @@ def make_dataset(
         process_count: Number of processes; each gets an equal run of rows of every global batch, in order.
 
     Returns:
-        An iterable whose iterators have `get_state()` and `set_state(state)`, exact to the batch. Batches are dictionaries:
-        `pixels` uint8 `[b, f, H, W, 3]`; where the clips have them `actions` (`[b, f]` or `[b, f, k]`), `caption` (bytes
-        `[b]`) and `label` (int32 `[b]`); and `index` (int64 `[b]`), the number of each sample in the global stream.
+        An iterable whose iterators have `get_state()` and `set_state(state)`, exact to the batch. Batches are
+        dictionaries: `pixels` uint8 `[b, f, H, W, 3]`; where the clips have them `actions` (`[b, f]` or `[b, f, k]`),
+        `caption` (bytes `[b]`) and `label` (int32 `[b]`); and `index` (int64 `[b]`), the number of each sample in the
+        global stream.
 
     Raises:
         ConfigError: The processes do not divide the batch.
@@ -180,11 +181,11 @@ class _Loader:
     def __call__(self, number: int, clips: np.ndarray | None) -> Batch:
         """Global batch `number` with the given clip numbers; None takes the samples' own numbers."""
         index = np.int64(number) * self._config.batch + np.arange(self._config.batch, dtype=np.int64)
-        clips = index if clips is None else clips
         places = np.zeros(self._config.batch)
         if self._config.shuffle:
             places = np.random.default_rng((self._config.seed, number)).random(self._config.batch)
-        rows = [self._source.clip(int(clip), place) for clip, place in zip(clips[self._rows], places[self._rows], strict=True)]
+        wanted = zip((index if clips is None else clips)[self._rows], places[self._rows], strict=True)
+        rows = [self._source.clip(int(clip), place) for clip, place in wanted]
         return _stack(rows) | {"index": index[self._rows]}
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vidar.data.video import decode_video, encode_video
-from vidar.errors import DataError
+from vidar.errors import ConfigError, DataError
 
 SCHEMA = "vidar.episodes.1"
 MANIFEST = "manifest.json"
@@ -68,6 +68,10 @@ class Format:
     encoding: Literal["raw", "h264"] = "raw"
     segment: int = 64
     fps: float = 10.0
+
+    def __post_init__(self):
+        if self.encoding not in ("raw", "h264"):
+            raise ConfigError(f"encoding: {self.encoding!r} is unknown; known are raw, h264")
 
 
 class EpisodeWriter:
@@ -225,7 +229,8 @@ class Episodes:
             frames: How many frames; None reads to the end.
 
         Returns:
-            Frames uint8 `[f, H, W, 3]`, and actions `[f]` or `[f, k]` as recorded: `actions[0]` led into the first frame.
+            Frames uint8 `[f, H, W, 3]`, and actions `[f]` or `[f, k]` as recorded: `actions[0]` led into the first
+            of these frames.
 
         Raises:
             DataError: The shard is damaged; the message names it.

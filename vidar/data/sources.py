@@ -45,8 +45,8 @@ class ClipSource(ABC):
             place: Where to cut it out of an example that is longer, in [0, 1): 0 is its beginning.
 
         Returns:
-            `pixels` uint8 `[f, H, W, 3]`, and where the set has them `actions` (`[f]` or `[f, k]`; the first is always the
-            no-op, because frame 0 has no past), `caption` (bytes) and `label` (int).
+            `pixels` uint8 `[f, H, W, 3]`, and where the set has them `actions` (`[f]` or `[f, k]`; the first is always
+            the no-op, because frame 0 has no past), `caption` (bytes) and `label` (int).
 
         Raises:
             DataError: What is stored is damaged, or shorter than a clip.
@@ -73,7 +73,7 @@ class EpisodeClips(ClipSource):
         self._stride = stride
         lengths = self._episodes.lengths
         if lengths.max() < frames:
-            raise DataError(f"{directory}: clips of {frames} frames are longer than every episode ({lengths.max()} frames)")
+            raise DataError(f"{directory}: clips of {frames} frames are longer than every episode (≤ {lengths.max()})")
         windows = np.maximum(0, (lengths - frames) // stride + 1)
         self._ends = np.cumsum(windows)
         self._memory = _Memory(int(lengths.sum()) * math.prod(self.size) * 3 <= cache_bytes)
@@ -97,7 +97,8 @@ class EpisodeClips(ClipSource):
 class TfdsClips(ClipSource):
     """The examples of a prepared TFDS set, each one clip; longer examples are cut.
 
-    The features used are `video` (or `pixels`, `frames`): uint8 `[f, H, W, 3]`; `actions`; `caption` (or `text`); `label`.
+    The features used are `video` (or `pixels`, `frames`), uint8 `[f, H, W, 3]`; `actions`; `caption` (or `text`); and
+    `label`.
 
     Args:
         name: `name`, `name/config` or `name/config:version`.
@@ -126,19 +127,20 @@ class TfdsClips(ClipSource):
             known = ", ".join(builder.info.splits)
             raise DataError(f"{self._where}: no split {split!r}; it has {known}") from error
         except NotImplementedError as error:
-            raise DataError(f"{self._where}: not stored as ArrayRecord; prepare it with file_format=array_record") from error
+            raise DataError(f"{self._where}: not stored as ArrayRecord; prepare it in that file_format") from error
         if not len(self._examples):
             raise DataError(f"{self._where}: split {split!r} is empty")
         self.frames = frames
         self._memory = _Memory(False)
         first = self._read(0)
-        self._video = _feature(first, "video", "pixels", "frames")
+        self._video = _feature(first, "video", "pixels", "frames") or "video"
         self._caption = _feature(first, "caption", "text")
-        if self._video is None or first[self._video].dtype != np.uint8 or first[self._video].shape[3:] != (3,):
+        video = np.asarray(first.get(self._video))
+        if video.dtype != np.uint8 or video.shape[3:] != (3,):
             raise DataError(f"{self._where}: no feature `video` of uint8 [f, H, W, 3]; it has {', '.join(first)}")
-        self.size = first[self._video].shape[1:3]
+        self.size = video.shape[1:3]
         self.actions = _action_spec(first.get("actions"), builder.info.metadata)
-        self._memory = _Memory(first[self._video].nbytes * len(self._examples) <= cache_bytes)
+        self._memory = _Memory(video.nbytes * len(self._examples) <= cache_bytes)
         self.clip(0, 0.0)
 
     def __len__(self) -> int:
@@ -148,10 +150,11 @@ class TfdsClips(ClipSource):
         """As `ClipSource.clip`."""
         example = self._memory.get(index, self._read)
         video_fhwc = example[self._video]
-        spare = len(video_fhwc) - self.frames
-        if spare < 0:
-            raise DataError(f"{self._where}: clips of {self.frames} frames are longer than example {index} ({len(video_fhwc)})")
-        window = slice(int(place * (spare + 1)), int(place * (spare + 1)) + self.frames)
+        length = len(video_fhwc)
+        if length < self.frames:
+            raise DataError(f"{self._where}: clips of {self.frames} frames are longer than example {index} ({length})")
+        start = int(place * (length - self.frames + 1))
+        window = slice(start, start + self.frames)
         clip: Clip = {"pixels": video_fhwc[window]}
         if self.actions is not None:
             clip["actions"] = _without_past(example["actions"][window].astype(self.actions.empty(0).dtype))

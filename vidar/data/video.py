@@ -17,6 +17,7 @@ from vidar.errors import DataError
 
 WATCHABLE_SIDE = 256  # smaller frames are enlarged by whole factors until their shorter side reaches this
 QUALITY = 18  # x264's constant rate factor: visually lossless
+FRAGMENTS = "frag_keyframe+empty_moov"
 
 
 def watchable_scale(height: int, width: int) -> int:
@@ -35,8 +36,8 @@ def watchable_scale(height: int, width: int) -> int:
 class VideoWriter:
     """Writes an H.264 file (MP4, yuv420p) frame by frame.
 
-    The file appears under its name when the writer is closed, also if an exception closes it. Until then it grows beside
-    it as `<stem>.partial<suffix>` in fragments, so that even the file of a killed process plays.
+    The file appears under its name when the writer is closed, also if an exception closes it. Until then it grows
+    beside it as `<stem>.partial<suffix>` in fragments, so that even the file of a killed process plays.
 
     Args:
         path: The file to write, usually `*.mp4`; its folder is created.
@@ -51,11 +52,11 @@ class VideoWriter:
     def __init__(self, path: str | Path, fps: float, scale: int | None = None):
         self.path = Path(path)
         self._partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
+        self._closed = False
         with self._report():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.touch()
-            self._encoder = _Encoder(str(self._partial), fps, scale, options={"movflags": "frag_keyframe+empty_moov"})
-        self._closed = False
+            self._encoder = _Encoder(str(self._partial), fps, scale, growing=True)
 
     def append(self, frames: np.ndarray) -> None:
         """Encodes further frames.
@@ -93,6 +94,7 @@ class VideoWriter:
         try:
             yield
         except (OSError, av.FFmpegError) as error:
+            self._closed = True  # flushing an encoder that could not write its header ends the process
             raise DataError(f"{self.path}: cannot write video: {error.strerror}") from error
 
     def __enter__(self) -> "VideoWriter":
@@ -146,7 +148,7 @@ def encode_video(frames: np.ndarray, fps: float) -> bytes:
         The bytes of the file.
     """
     file = io.BytesIO()
-    encoder = _Encoder(file, fps, scale=1, options={})
+    encoder = _Encoder(file, fps, scale=1, growing=False)
     encoder.append(frames)
     encoder.close()
     return file.getvalue()
@@ -169,12 +171,16 @@ def decode_video(data: bytes, where: str) -> np.ndarray:
 
 
 class _Encoder:
-    """H.264 into a file, by name or open; knows sizes only after the first frame."""
+    """H.264 into a file, by name or open; knows sizes only after the first frame.
 
-    def __init__(self, file: str | io.BytesIO, fps: float, scale: int | None, options: dict[str, str]):
+    A growing file is cut into fragments of two seconds, each of which plays without those that follow.
+    """
+
+    def __init__(self, file: str | io.BytesIO, fps: float, scale: int | None, growing: bool):
         import av
 
-        self._container = av.open(file, "w", format="mp4", options=options)
+        self._container = av.open(file, "w", format="mp4", options={"movflags": FRAGMENTS} if growing else {})
+        self._options = {"g": str(max(1, round(2 * fps)))} if growing else {}
         self._rate = Fraction(fps).limit_denominator(1001)
         self._scale = scale
         self._stream: Any = None
@@ -186,15 +192,14 @@ class _Encoder:
         frames_fhwc = frames[None] if frames.ndim == 3 else frames
         if frames_fhwc.dtype != np.uint8 or frames_fhwc.ndim != 4 or frames_fhwc.shape[-1] != 3:
             raise ValueError(f"video frames are uint8 [f, H, W, 3], not {frames.dtype} {list(frames.shape)}")
-        if self._stream is None:
-            self._start(frames_fhwc.shape[1:])
+        stream = self._stream or self._start(frames_fhwc.shape[1:])
         if frames_fhwc.shape[1:] != self._size:
             raise ValueError(f"video frame of size {frames_fhwc.shape[1:3]} after frames of size {self._size[:2]}")
         for frame_hwc in frames_fhwc:
             large_hwc = frame_hwc.repeat(self._scale, axis=0).repeat(self._scale, axis=1)
             pad = [(0, side % 2) for side in large_hwc.shape[:2]]
             picture = np.ascontiguousarray(np.pad(large_hwc, [*pad, (0, 0)], mode="edge"))
-            self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            self._container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
 
     def close(self) -> bool:
         """Returns whether there was any frame."""
@@ -203,13 +208,14 @@ class _Encoder:
             self._container.close()
         return self._stream is not None
 
-    def _start(self, size: tuple[int, ...]) -> None:
+    def _start(self, size: tuple[int, ...]) -> Any:
         self._size = size
         self._scale = self._scale or watchable_scale(*size[:2])
         self._stream = self._container.add_stream("libx264", rate=self._rate)
         self._stream.height, self._stream.width = ((side * self._scale + 1) // 2 * 2 for side in size[:2])
         self._stream.pix_fmt = "yuv420p"
-        self._stream.options = {"crf": str(QUALITY), "preset": "veryfast"}
+        self._stream.options = {"crf": str(QUALITY), "preset": "veryfast", **self._options}
+        return self._stream
 
 
 def _decode(file: str | io.BytesIO, where: str) -> np.ndarray:

@@ -313,28 +313,29 @@ def fopp_discrete(key: PRNGKeyArray, chunks: int, steps: int) -> jax.Array:
     Returns:
         int32 `[chunks]`, non-decreasing, each in `0 … steps - 1`.
     """
-    anchor_key, level_key, chunk_key = jax.random.split(key, 3)
-    anchor = jax.random.randint(anchor_key, (), 0, chunks)
-    anchor_level = jax.random.randint(level_key, (), 0, steps)
-    grid = jnp.arange(steps)
-    keys = jax.random.split(chunk_key, chunks)
-    after, before = (jnp.asarray(weights, jnp.float32) for weights in fopp_weights(chunks, steps))
+    anchor_key, level_key, noise_key = jax.random.split(key, 3)
+    anchor = jax.random.randint(anchor_key, (), 0, chunks, jnp.int32)
+    anchor_level = jax.random.randint(level_key, (), 0, steps, jnp.int32)
+    # The largest of logits with Gumbel noise is a categorical draw. A chunk lies on one side of the anchor, so both
+    # passes can use its noise.
+    noise = jax.random.gumbel(noise_key, (chunks, steps), jnp.float32)
+    after, before = (jnp.asarray(weights, jnp.float32) + noise for weights in fopp_weights(chunks, steps))
+    chunk, grid = jnp.arange(chunks), jnp.arange(steps)
 
     def later(level, row):
-        chunk, weights, chunk_key = row
-        drawn = jax.random.categorical(chunk_key, jnp.where(grid >= level, weights, -jnp.inf))
+        chunk, scores = row
+        drawn = jnp.argmax(jnp.where(grid >= level, scores, -jnp.inf)).astype(jnp.int32)
         level = jnp.where(chunk > anchor, drawn, anchor_level)
         return level, level
 
     def earlier(level, row):
-        chunk, weights, chunk_key, drawn_later = row
-        drawn = jax.random.categorical(chunk_key, jnp.where(grid <= level, weights, -jnp.inf))
+        chunk, scores, level_later = row
+        drawn = jnp.argmax(jnp.where(grid <= level, scores, -jnp.inf)).astype(jnp.int32)
         level = jnp.where(chunk < anchor, drawn, anchor_level)
-        return level, jnp.where(chunk < anchor, level, drawn_later)
+        return level, jnp.where(chunk < anchor, level, level_later)
 
-    # A chunk lies on one side of the anchor, so both passes can use its key.
-    _, levels = jax.lax.scan(later, anchor_level, (jnp.arange(chunks), after, keys))
-    _, levels = jax.lax.scan(earlier, anchor_level, (jnp.arange(chunks), before, keys, levels), reverse=True)
+    _, levels = jax.lax.scan(later, anchor_level, (chunk, after))
+    _, levels = jax.lax.scan(earlier, anchor_level, (chunk, before, levels), reverse=True)
     return levels
 
 

@@ -12,6 +12,7 @@ import numpy as np
 # Weights of red, green and blue in perceived lightness (ITU-R BT.709).
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 _BEST_PSNR = 100.0
+_PIXELS_AT_ONCE = 1 << 16
 
 
 def psnr(video: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -99,22 +100,12 @@ def horizontal_flow(before: np.ndarray, after: np.ndarray, reach: int = 8, windo
         nothing in the frame can be followed.
     """
     first, second = _luma(before), _luma(after)
-    shape = first.shape[:-2]
-    first, second = (np.reshape(luma, (-1, *luma.shape[-2:])) for luma in (first, second))
-    horizontal, vertical = np.arange(-reach, reach + 1), np.arange(-(reach // 4), reach // 4 + 1)
-    # The best vertical offset for each horizontal one: only horizontal motion is asked for.
-    cost = np.stack([np.min([_mismatch(first, second, dy, dx, window) for dy in vertical], 0) for dx in horizontal])
-    best = np.argmin(cost, axis=0)
-    offset = horizontal[best] + _vertex(cost, best)
-    lowest, typical = np.take_along_axis(cost, best[None], 0)[0], np.median(_finite(cost), axis=0)
-    confidence = np.maximum(1 - lowest / np.maximum(typical, 1e-9), 0) ** 2
-    slope = np.zeros_like(first)
-    slope[..., 1:-1] = (first[..., 2:] - first[..., :-2]) / 2
-    weight = confidence * _box(slope**2, window)
-    total = weight.sum(axis=(-2, -1))
-    # Detail below a millionth of the contrast is rounding.
-    flow = np.where(total > 1e-6, (weight * offset).sum(axis=(-2, -1)) / np.maximum(total, 1e-6), 0.0)
-    return flow.reshape(shape)
+    height, width = first.shape[-2:]
+    shape, first, second = first.shape[:-2], first.reshape(-1, height, width), second.reshape(-1, height, width)
+    # In parts, because the costs of all motions are held at once.
+    size = max(1, _PIXELS_AT_ONCE // (height * width))
+    parts = [slice(start, start + size) for start in range(0, len(first), size)]
+    return np.concatenate([_pair_flow(first[part], second[part], reach, window) for part in parts]).reshape(shape)
 
 
 def bootstrap_interval(
@@ -156,6 +147,23 @@ def sign_test(wins: int, trials: int) -> float:
     uneven = min(wins, trials - wins)
     tail = sum(math.comb(trials, k) for k in range(uneven + 1)) / 2**trials
     return min(1.0, 2 * tail)
+
+
+def _pair_flow(first: np.ndarray, second: np.ndarray, reach: int, window: int) -> np.ndarray:
+    """Weighted mean horizontal motion between images of lightness `[n, h, w]`."""
+    horizontal, vertical = range(-reach, reach + 1), range(-(reach // 4), reach // 4 + 1)
+    # The best vertical offset for each horizontal one: only horizontal motion is asked for.
+    cost = np.stack([np.min([_mismatch(first, second, dy, dx, window) for dy in vertical], 0) for dx in horizontal])
+    best = np.argmin(cost, axis=0)
+    offset = best - reach + _vertex(cost, best)
+    lowest, typical = np.take_along_axis(cost, best[None], 0)[0], np.median(_finite(cost), axis=0)
+    confidence = np.maximum(1 - lowest / np.maximum(typical, 1e-9), 0) ** 2
+    slope = np.zeros_like(first)
+    slope[..., 1:-1] = (first[..., 2:] - first[..., :-2]) / 2
+    weight = confidence * _box(slope**2, window)
+    total = weight.sum(axis=(-2, -1))
+    # Detail below a millionth of the contrast is rounding.
+    return np.where(total > 1e-6, (weight * offset).sum(axis=(-2, -1)) / np.maximum(total, 1e-6), 0.0)
 
 
 def _luma(video: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Counted work of a transformer over video tokens: FLOPs, bytes moved, and the time that a device needs at the least.
 
 Everything is counted from plain numbers, before anything is built or measured; a multiplication and an addition are two
-FLOPs. Work on one vector a frame (time embedding, modulation) and elementwise work count as bytes alone. This module
-must know neither networks nor presets: whoever builds those describes them as a `Shape`.
+FLOPs. Work on one vector a frame (time embedding, modulation) and elementwise work count as bytes alone. Of the network
+this module knows the configuration; it must know neither its arrays nor how they are computed.
 """
 
 import math
@@ -12,8 +12,7 @@ from typing import Literal
 
 from vidar.devices import Peak
 from vidar.errors import ConfigError
-
-TIME_FREQUENCIES = 256
+from vidar.models.dit import DiTConfig
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Shape:
         text_tokens: Text tokens that each block attends to; 0 for no cross-attention.
         text_width: Width of the text encoder's states.
         layer_modulation: Whether each block projects the time embedding itself (adaLN-zero); Wan's blocks share one.
+        time_channels: Channels of the sinusoidal time embedding.
     """
 
     width: int
@@ -45,6 +45,7 @@ class Shape:
     text_tokens: int = 0
     text_width: int = 0
     layer_modulation: bool = False
+    time_channels: int = 256
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -52,12 +53,12 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, biases and norm scales left out except the modulation's."""
+        """Number of parameters without biases, norm scales and the embeddings of actions and classes."""
         d, patch = self.width, math.prod(self.patch)
         text = self.text_tokens > 0
         block = 4 * d * d + 2 * d * self.mlp + (4 * d * d if text else 0) + 6 * d
-        modulations = self.layers if self.layer_modulation else 1
-        time = TIME_FREQUENCIES * d + d * d + modulations * 6 * d * d
+        modulations = 6 * self.layers + 2 if self.layer_modulation else 6
+        time = self.time_channels * d + d * d + modulations * d * d
         ends = (self.channels_in + self.channels_out) * patch * d
         return self.layers * block + time + ends + (self.text_width * d + d * d if text else 0)
 
@@ -86,6 +87,36 @@ class Flops:
     def times(self, factor: float) -> "Flops":
         """The work of `factor` repetitions."""
         return Flops(factor * self.linear, factor * self.attention, factor * self.cross_attention, factor * self.ends)
+
+
+def shape_of(config: DiTConfig, height: int, width: int) -> Shape:
+    """Describes a DiT at one resolution.
+
+    Args:
+        config: The network.
+        height: Latent height.
+        width: Latent width.
+
+    Returns:
+        Its numbers.
+
+    Raises:
+        ConfigError: The patch does not divide the latents.
+    """
+    return Shape(
+        width=config.width,
+        mlp=config.mlp,
+        layers=config.layers,
+        heads=config.heads,
+        tokens_per_frame=config.tokens(height, width),
+        channels_in=config.channels,
+        channels_out=config.channels,
+        patch=(1, config.patch, config.patch),
+        text_tokens=config.text.length if config.text else 0,
+        text_width=config.text.width if config.text else 0,
+        layer_modulation=config.modulation == "adaln_zero",
+        time_channels=config.time_channels,
+    )
 
 
 def forward_flops(shape: Shape, query_tokens: int, key_tokens: float) -> Flops:

@@ -136,8 +136,8 @@ class Batches:
         leaf = np.asarray(leaf)
         if leaf.ndim == 0 or leaf.shape[0] % self._shards:
             raise ConfigError(
-                f"a batch entry of shape {leaf.shape} does not split over the {self._shards} batch shards (data × fsdp) "
-                f"of this process; its first dimension must be a multiple of {self._shards}"
+                f"a batch entry of shape {leaf.shape} does not split over the {self._shards} batch shards "
+                f"(data × fsdp) of this process; its first dimension must be a multiple of {self._shards}"
             )
         return jax.make_array_from_process_local_data(self._sharding, leaf)
 
@@ -149,7 +149,7 @@ def _shards_of_this_process(sharding: NamedSharding) -> int:
     shards = math.prod(sharding.mesh.shape[axis] for axis in axes)
     if shards % jax.process_count():
         raise ConfigError(
-            f"{shards} batch shards (data × fsdp) do not split over {jax.process_count()} processes, each of which reads "
-            f"data of its own; make data × fsdp a multiple of {jax.process_count()}"
+            f"{shards} batch shards (data × fsdp) do not split over {jax.process_count()} processes, each of which "
+            f"reads data of its own; make data × fsdp a multiple of {jax.process_count()}"
         )
     return shards // jax.process_count()

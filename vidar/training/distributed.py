@@ -40,6 +40,6 @@ def initialize(distributed: bool | None = None) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"the processes of this run cannot join: {reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES "
-            "and JAX_PROCESS_ID, or start it by Slurm or on a TPU pod"
+            f"the processes of this run cannot join: {reason}; set JAX_COORDINATOR_ADDRESS=host:port, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or start it by Slurm or on a TPU pod"
         ) from error

@@ -76,11 +76,11 @@ class MetricWriter:
 
         Args:
             step: Global step.
-            values: Numbers by name; what is not finite is written as null.
+            values: Python numbers by name; what is not finite is written as null.
         """
         if self._file is None:
             return
-        row = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         if self._events is not None:
@@ -131,7 +131,7 @@ def _drop_rows(path: Path, after: int) -> None:
 
 
 def _tensorboard(directory: Path, after: int) -> Any:
-    """Opens TensorBoard events where tensorboardX is installed; they hide what an interrupted run wrote after `after`."""
+    """Opens TensorBoard events where tensorboardX is installed; they hide what was written after `after`."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:

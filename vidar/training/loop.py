@@ -5,7 +5,6 @@ It knows the objective's contract, batch iterators and networks by role, and not
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -112,6 +111,7 @@ def train(run: Run, workdir: str | Path) -> TrainState:
         DivergenceError: Too many updates in a row were not finite.
     """
     workdir = Path(workdir)
+    _check_roles(run)
 
     # ---------------------------------------------------------------- Mesh
     mesh = make_mesh(run.mesh)
@@ -132,6 +132,7 @@ def train(run: Run, workdir: str | Path) -> TrainState:
         # ------------------------------------------------------------ Steps
         writer = MetricWriter(workdir, after=start, tensorboard=run.training.tensorboard)
         reporter = Reporter(run.training, program.names, writer, mesh, run.flops_per_step, run.tokens_per_step, start)
+        reporter.continue_from(state)
         loop = _Loop(run, program, batches, frozen, checkpoints, meta, writer, reporter)
         try:
             return loop.run(state, start, stop)
@@ -207,7 +208,7 @@ class _Loop:
         """Dispatches the phases of one step; returns an array that is ready when they are done."""
         phases = self._run.objective.phases(step)
         drawn: dict[str, Any] = {}
-        counter = None
+        report: dict[str, Any] = {}
         for index, phase in enumerate(phases):
             if phase.batch not in drawn:
                 drawn[phase.batch], waited = self._batches.next(phase.batch)
@@ -218,9 +219,7 @@ class _Loop:
                 compiled = self._compile(phase, batch, advance)
                 self._leaves, report = compiled(self._leaves, self._frozen_leaves, batch, advance)
             self._reporter.phase_done(phase.name, report)
-            counter = report["skipped"]
-        assert counter is not None
-        return counter
+        return report["skipped"]
 
     def _compile(self, phase: Phase, batch: Any, advance: jax.Array) -> Any:
         """Returns the phase's executable, compiled at its first use."""
@@ -261,9 +260,6 @@ def _make_program(
     """Derives shapes and placements of the state, and the functions to compile."""
     objective, training = run.objective, run.training
     networks = abstract_networks(run.build)
-    missing = sorted(set(objective.roles) - set(networks) - set(frozen))
-    if missing:
-        raise ConfigError(f"role {missing[0]!r} has no network: neither built nor given as frozen")
     aux = jax.eval_shape(objective.init_aux)
     inputs = {name: batches.abstract(name) for name in {phase.batch for phase in phases.values()}}
     names = {
@@ -314,6 +310,15 @@ def _flat(function: Any, abstract: TrainState, frozen: Any, placements: TrainSta
 
     outputs = (jax.tree.leaves(placements), NamedSharding(mesh, PartitionSpec()))
     return jax.jit(flat, donate_argnums=0, out_shardings=outputs)
+
+
+def _check_roles(run: Run) -> None:
+    """Refuses a run whose networks are not those that its objective names."""
+    roles = run.objective.roles
+    trained = {name for name, role in roles.items() if role.optimizer is not None}
+    for given, wanted, how in ((run.build, trained, "built"), (run.frozen, set(roles) - trained, "given as frozen")):
+        if set(given) != wanted:
+            raise ConfigError(f"roles {sorted(wanted)} must be {how}, not {sorted(given)}")
 
 
 def _optimizer(run: Run, role: str, network: Any) -> Optimizer:

@@ -5,6 +5,7 @@ follow; and because no optimizer needs to know modules. This module must not kno
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ class OptimizerConfig:
     """One optimizer; its unit of time is its own updates.
 
     Attributes:
-        name: `adamw`, `muon` (for the matrices of stacked blocks, AdamW for the rest) or `sgd` (with momentum `beta1`).
+        name: `adamw`; `muon` for the matrices of stacked blocks (Nesterov Adam for the rest); or `sgd` with momentum.
         learning_rate: Peak learning rate.
         schedule: After the warm-up, `constant` or `cosine` down to `final_fraction`.
         warmup: Updates over which the learning rate grows linearly.
@@ -31,7 +32,7 @@ class OptimizerConfig:
         beta1: Decay of the first moment; of the momentum for muon and sgd.
         beta2: Decay of the second moment.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled decay of matrices; vectors (biases, norms) are not decayed.
+        weight_decay: Decoupled decay of matrices (of Muon's, for muon); vectors (biases, norms) are not decayed.
         clip: Largest global norm of the gradient; None does not clip.
     """
 
@@ -73,7 +74,8 @@ class Optimizer:
 
     def init(self, parameters: Parameters) -> dict[str, Any]:
         """Returns the initial state: the update count and the transformation's own state."""
-        return {"count": jnp.int32(0), "transform": self.transform.init(parameters)}
+        with _promotion_of_optax():
+            return {"count": jnp.int32(0), "transform": self.transform.init(parameters)}
 
     def update(
         self, gradients: Parameters, state: dict[str, Any], parameters: Parameters
@@ -89,7 +91,8 @@ class Optimizer:
             What is to be added to the parameters, the next state, and the learning rate used.
         """
         rate = jnp.asarray(self.schedule(state["count"]), jnp.float32)
-        direction, inner = self.transform.update(gradients, state["transform"], parameters)
+        with _promotion_of_optax():
+            direction, inner = self.transform.update(gradients, state["transform"], parameters)
         # Optax already points downhill: its transformations were built with a learning rate of 1.
         updates = jax.tree.map(lambda x: x * rate.astype(x.dtype), direction)
         return updates, {"count": state["count"] + 1, "transform": inner}, rate
@@ -106,8 +109,11 @@ def make_optimizer(config: OptimizerConfig, axes: Mapping[str, Sequence[str | No
         The optimizer.
     """
 
-    def decayed(parameters: Parameters) -> dict[str, bool]:
+    def decayed(parameters: Any) -> dict[str, bool]:
         return {path: len(_without_layers(axes[path])) >= 2 for path in parameters}
+
+    def dimensions(parameters: Any) -> Any:
+        return {path: _muon_dimensions(axes[path]) for path in parameters}
 
     if config.name == "adamw":
         transform = optax.adamw(
@@ -121,12 +127,12 @@ def make_optimizer(config: OptimizerConfig, axes: Mapping[str, Sequence[str | No
             weight_decay=config.weight_decay,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
-            muon_weight_dimension_numbers=lambda parameters: {
-                path: _muon_dimensions(axes[path]) for path in parameters
-            },
+            muon_weight_dimension_numbers=dimensions,
         )
     else:
-        transform = optax.chain(optax.add_decayed_weights(config.weight_decay, decayed), optax.sgd(1.0, config.beta1))
+        transform = optax.chain(
+            optax.trace(config.beta1), optax.add_decayed_weights(config.weight_decay, decayed), optax.scale(-1.0)
+        )
     if config.clip is not None:
         transform = optax.chain(optax.clip_by_global_norm(config.clip), transform)
     return Optimizer(transform, make_schedule(config))
@@ -135,7 +141,7 @@ def make_optimizer(config: OptimizerConfig, axes: Mapping[str, Sequence[str | No
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
     """Builds the learning rate as a function of the number of updates done, in [0, `learning_rate`]."""
 
-    def schedule(count: Any) -> jax.Array:
+    def schedule(count: Any) -> Any:
         done = jnp.asarray(count, jnp.float32)
         rate = jnp.float32(config.learning_rate)
         if config.schedule == "cosine" and config.decay_steps is not None:
@@ -145,6 +151,11 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
         return rate * jnp.minimum(1.0, (done + 1.0) / config.warmup) if config.warmup else rate
 
     return schedule
+
+
+def _promotion_of_optax() -> AbstractContextManager[None]:
+    """Optax relies on implicit promotion, which a strict caller forbids."""
+    return jax.numpy_dtype_promotion("standard")
 
 
 def _without_layers(axes: Sequence[str | None]) -> list[int]:

@@ -18,6 +18,7 @@ from vidar import devices
 from vidar.errors import DivergenceError
 from vidar.training.config import TrainingConfig
 from vidar.training.logging import MetricWriter, window_means
+from vidar.training.state import TrainState, report_of
 
 _logger = logging.getLogger("vidar")
 
@@ -58,6 +59,11 @@ class Reporter:
         self._bar = tqdm(total=training.steps, initial=start, unit="step", disable=silent, dynamic_ncols=True)
         self._start_window(start)
 
+    def continue_from(self, state: TrainState) -> None:
+        """Takes up the windows of a state: a row may stand for steps on both sides of a restart."""
+        for phase in self._names:
+            self.phase_done(phase, jax.device_get(report_of(state, phase)))
+
     def phase_done(self, phase: str, report: Any) -> None:
         """Keeps the latest report of a phase; the arrays are not read."""
         self._reports[phase] = report
@@ -77,7 +83,9 @@ class Reporter:
             self.flush()
             number = (done - 1) // self._training.log_every
             for report in self._reports.values():
-                jax.tree.map(lambda leaf: leaf.copy_to_host_async(), report)
+                for leaf in jax.tree.leaves(report):
+                    if isinstance(leaf, jax.Array):
+                        leaf.copy_to_host_async()
             self._due = (number, dict(self._reports), self._rates(done) | {"step": done})
             self._start_window(done)
         if final or (self._due is not None and done > self._due[2]["step"]):

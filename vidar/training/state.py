@@ -83,6 +83,16 @@ def from_paths(module: Any, leaves: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(module), [leaves[path] for path in by_path(module)])
 
 
+def report_of(state: TrainState, phase: str) -> dict[str, Any]:
+    """Returns what the log needs of a state after a phase: its window of metrics, and the counters."""
+    return {
+        "window": state.windows[phase],
+        "skipped": state.skipped,
+        "updates": state.updates,
+        "ema_updates": state.ema_updates,
+    }
+
+
 def phases_of(objective: Any, steps: int) -> dict[str, Phase]:
     """Returns the phases of all steps by name, in the order of their first appearance.
 
@@ -146,8 +156,8 @@ def initial_state(
         # A copy, not the same buffers: both are donated to the next step.
         ema={role: jax.tree.map(jnp.copy, networks[role]) for role in averaged},
         aux=aux,
-        updates={phase: zero for phase in metric_names},
-        ema_updates={role: zero for role in averaged},
+        updates=dict.fromkeys(metric_names, zero),
+        ema_updates=dict.fromkeys(averaged, zero),
         skipped=zero,
         skipped_in_a_row=zero,
         windows={

@@ -14,7 +14,7 @@ from vidar.errors import ConfigError
 from vidar.objectives.protocol import Objective, Phase
 from vidar.sharding import Rules, constrain
 from vidar.training.optimizers import Optimizer
-from vidar.training.state import TrainState, Window, by_path, from_paths, parameter_of
+from vidar.training.state import TrainState, Window, by_path, from_paths, parameter_of, report_of
 
 _OWN_METRICS = ("loss", "gradient_norm", "parameter_norm", "update_norm", "learning_rate")
 
@@ -132,12 +132,7 @@ def make_phase_step(
             **_averaged(state, phase.role, role, parameters, applied),
             **_counted(state, phase.name, names, {**metrics, **own}, applied, settings.log_every),
         )
-        return state, {
-            "window": state.windows[phase.name],
-            "skipped": state.skipped,
-            "updates": state.updates,
-            "ema_updates": state.ema_updates,
-        }
+        return state, report_of(state, phase.name)
 
     return phase_step
 

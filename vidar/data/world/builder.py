@@ -28,7 +28,7 @@ CLIPS = {"train": 4_000, "validation": 200}
 
 
 class VidarWorld(tfds.core.GeneratorBasedBuilder):
-    """Clips of coloured shapes that move, collide and enter, with actions on one of them, a caption and the true states.
+    """Clips of coloured shapes that move, collide and enter, with actions on one of them, captions and true states.
 
     Args:
         clips: Number of clips of each split.

@@ -14,10 +14,10 @@ def caption(states: States) -> str:
         states: The clip.
 
     Returns:
-        One clause for each shape that is seen: those there from the beginning are joined by "and", those that enter later
-        follow with "then".
+        One clause for each shape that is seen: those there from the beginning are joined by "and", those that enter
+        later follow with "then".
     """
-    seen = np.flatnonzero(states.present.any(axis=0))
+    seen = np.flatnonzero(states.present.any(axis=0)).tolist()
     first = states.present.argmax(axis=0)
     clauses = {shape: f"a {COLOURS[states.colour[shape]]} {KINDS[states.kind[shape]]}" for shape in seen}
     opening = " and ".join(f"{clauses[shape]} {_verb(states, shape)}" for shape in seen if first[shape] == 0)

@@ -77,8 +77,9 @@ def read(frames: np.ndarray, config: WorldConfig) -> Reading:
 def compare(reading: Reading, states: States, config: WorldConfig) -> Comparison:
     """Compares what is seen in a clip with what should be there.
 
-    A true shape is assigned what is seen in its colour; where that is missing, the nearest shape of a colour that should not
-    be there, so that a shape that changed its colour still has a position.
+    A true shape is assigned what is seen in its colour; where that is missing, the nearest shape of a colour that
+    should not be there, so that a shape that changed its colour still has a position. A colour counts as kept where it
+    covers no less than any that should not be there.
 
     Args:
         reading: What is seen in f frames.
@@ -89,7 +90,7 @@ def compare(reading: Reading, states: States, config: WorldConfig) -> Comparison
         The comparison, frame by frame and shape by shape.
     """
     low, high = bounds(config, states.kind)
-    counted = ((states.position >= low - 1e-6) & (states.position <= high + 1e-6)).all(axis=-1)
+    counted = np.all((states.position >= low - 1e-6) & (states.position <= high + 1e-6), axis=-1)
     found = reading.present[:, states.colour]
     slot = np.broadcast_to(states.colour, found.shape).copy()
     distance = np.linalg.norm(reading.position[:, None] - states.position[:, :, None], axis=-1)
@@ -157,8 +158,9 @@ def _grow(mask: np.ndarray) -> np.ndarray:
 def _densest(cover_ehw: np.ndarray, window: int) -> np.ndarray:
     """float64 `[e, 2]`: centre `(x, y)` of the square window that holds most cover."""
     sums = np.pad(cover_ehw.cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
-    boxes = sums[:, window:, window:] - sums[:, :-window, window:] - sums[:, window:, :-window] + sums[:, :-window, :-window]
-    best = boxes.reshape(len(boxes), -1).argmax(axis=1)
+    rows = sums[:, window:] - sums[:, :-window]
+    boxes = rows[:, :, window:] - rows[:, :, :-window]
+    best = boxes.reshape(len(boxes), boxes.shape[1] * boxes.shape[2]).argmax(axis=1)
     return np.stack([best % boxes.shape[2], best // boxes.shape[2]], axis=1) + window / 2
 
 

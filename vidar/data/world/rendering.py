@@ -7,13 +7,13 @@ import math
 
 import numpy as np
 
-from vidar.data.world.simulation import BALL, SQUARE, States, WorldConfig, reach
+from vidar.data.world.simulation import BALL, SQUARE, States, WorldConfig, bounds, reach
 
 BACKGROUND = np.array([18, 18, 26], np.float64)
 PALETTE = np.array(
     [[235, 45, 40], [240, 215, 40], [45, 200, 70], [45, 215, 230], [60, 85, 245], [225, 60, 220]], np.float64
 )
-SAMPLES = 8  # per pixel and axis
+LINES = 32  # horizontal lines per pixel, on each of which the covered part is exact
 
 
 def render(config: WorldConfig, states: States) -> np.ndarray:
@@ -53,19 +53,22 @@ def coverage(config: WorldConfig, kind: int, offset: np.ndarray) -> np.ndarray:
         float64 `[k, p, p]` in [0, 1], p = `patch_size`.
     """
     patch = patch_size(config)
-    samples = (np.arange(patch * SAMPLES) + 0.5) / SAMPLES
-    right = (samples - offset[:, :1])[:, None, :]
-    down = (samples - offset[:, 1:])[:, :, None]
+    lines = (np.arange(patch * LINES) + 0.5) / LINES
+    half_width = _half_width(config, kind, lines - offset[:, 1:])[:, :, None]
+    left = (np.arange(patch) - offset[:, :1])[:, None, :]
+    covered = np.clip(np.minimum(left + 1, half_width) - np.maximum(left, -half_width), 0, None)
+    return covered.reshape(len(offset), patch, LINES, patch).mean(axis=2)
+
+
+def _half_width(config: WorldConfig, kind: int, down: np.ndarray) -> np.ndarray:
+    """Half of a shape's width on horizontal lines at a distance below its centre."""
     if kind == BALL:
-        inside = right * right + down * down <= config.radius * config.radius
-    elif kind == SQUARE:
-        half = config.radius * math.sqrt(math.pi) / 2
-        inside = (np.abs(right) <= half) & (np.abs(down) <= half)
-    else:
-        apex = float(reach(config, np.asarray(kind)))
-        inside = (down <= apex / 2) & (np.abs(right) * math.sqrt(3) <= down + apex)
-    inside_kyxsx = inside.reshape(len(offset), patch, SAMPLES, patch, SAMPLES)
-    return inside_kyxsx.sum(axis=(2, 4)) / SAMPLES**2
+        return np.sqrt(np.maximum(config.radius * config.radius - down * down, 0))
+    low, high = bounds(config, np.array([kind]))
+    left, up = low[0]
+    bottom = config.size - high[0, 1]
+    width = np.full_like(down, left) if kind == SQUARE else (down + up) / math.sqrt(3)
+    return np.where((down >= -up) & (down <= bottom), width, 0.0)
 
 
 def patch_size(config: WorldConfig) -> int:

@@ -7,6 +7,7 @@ shapes look like beyond their extent, nor who learns from them.
 """
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -140,9 +141,9 @@ def initial_state(config: WorldConfig, seed: int) -> State:
 def step(config: WorldConfig, state: State, action: int) -> State:
     """Moves the world on by one frame.
 
-    The action displaces the controlled shape by `stride`, as far as the walls let it. Free shapes fall, bounce off walls
-    and, as equal masses, off each other. They bounce off the controlled shape as off a wall, or are pushed by it; only
-    where they cannot give way, it is held up. An entering shape is stopped by nothing.
+    The action displaces the controlled shape by `stride`, as far as the walls let it. Free shapes fall, bounce off
+    walls and, as equal masses, off each other. They bounce off the controlled shape as off a wall, or are pushed by it;
+    only where they cannot give way, it is held up. An entering shape is stopped by nothing.
 
     Args:
         config: Rules of the world.
@@ -157,15 +158,16 @@ def step(config: WorldConfig, state: State, action: int) -> State:
     free = started & ~state.entering
     free[0] = False
     velocity = state.velocity.copy()
-    velocity[free, 1] += state.gravity
     position = state.position + np.where(started[:, None], velocity, 0.0)
+    position[free, 1] += state.gravity / 2
+    velocity[free, 1] += state.gravity
     position[0] += config.stride * _DIRECTIONS[action]
     low, high = bounds(config, state.kind)
     for shape in np.flatnonzero(free):
-        _bounce_off_walls(position[shape], velocity[shape], low[shape], high[shape])
+        _bounce_off_walls(position[shape], velocity[shape], low[shape], high[shape], state.gravity)
     position[0] = np.clip(position[0], low[0], high[0])
-    _collide(config, position, velocity, state.kind, np.flatnonzero(started), free, low, high)
-    inside = ((position >= low) & (position <= high)).all(axis=1)
+    _collide(config, state.kind, position, velocity, started, free)
+    inside = np.all((position >= low) & (position <= high), axis=1)
     return dataclasses.replace(
         state, position=position, velocity=velocity, entering=state.entering & ~(started & inside), frame=frame
     )
@@ -188,7 +190,7 @@ def simulate(config: WorldConfig, seed: int, actions: np.ndarray) -> States:
         state = step(config, state, int(action))
         positions.append(state.position)
     position = np.stack(positions)
-    present = ((position >= 0) & (position <= config.size)).all(axis=-1)
+    present = np.all((position >= 0) & (position <= config.size), axis=-1)
     return States(position, state.kind, state.colour, present)
 
 
@@ -247,7 +249,8 @@ def _scatter(config: WorldConfig, kind: np.ndarray, rng: np.random.Generator) ->
     np.fill_diagonal(separation, -1.0)
     for _ in range(10_000):
         position = low + rng.random((len(kind), 2)) * (high - low)
-        if (_squared(position[:, None] - position) > separation * np.abs(separation)).all():
+        offset = position[:, None] - position
+        if (_dot(offset, offset) > separation * np.abs(separation)).all():
             return position
     raise ConfigError(f"size: {config.size} pixels do not hold {len(kind)} shapes of radius {config.radius:g}")
 
@@ -264,38 +267,43 @@ def _at_side(
     return outside, inward
 
 
-def _bounce_off_walls(position: np.ndarray, velocity: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    for axis in range(2):
-        if position[axis] < low[axis]:
-            position[axis], velocity[axis] = 2 * low[axis] - position[axis], abs(velocity[axis])
-        elif position[axis] > high[axis]:
-            position[axis], velocity[axis] = 2 * high[axis] - position[axis], -abs(velocity[axis])
+def _bounce_off_walls(
+    position: np.ndarray, velocity: np.ndarray, low: np.ndarray, high: np.ndarray, gravity: float
+) -> None:
+    """Mirrors a shape that has passed a wall, with the speed that keeps its energy where it now is; in place."""
+    for axis, pull in enumerate((0.0, gravity)):
+        if low[axis] <= position[axis] <= high[axis]:
+            continue
+        wall, inward = (low, 1.0) if position[axis] < low[axis] else (high, -1.0)
+        shift = 2 * (wall[axis] - position[axis])
+        position[axis] += shift
+        velocity[axis] = inward * math.sqrt(max(0.0, velocity[axis] * velocity[axis] + 2 * pull * shift))
 
 
 def _collide(
     config: WorldConfig,
+    kind: np.ndarray,
     position: np.ndarray,
     velocity: np.ndarray,
-    kind: np.ndarray,
-    shapes: np.ndarray,
+    started: np.ndarray,
     free: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
 ) -> None:
     """Separates shapes that overlap, and turns the velocities of free shapes that approach; in place."""
+    low, high = bounds(config, kind)
     reaches = reach(config, kind)
-    pairs = [(first, second) for first in shapes for second in shapes if first < second]
-    for attempt in range(4 if pairs else 0):
+    pairs = list(itertools.combinations(np.flatnonzero(started).tolist(), 2))
+    for attempt in range(4):
         for first, second in pairs:
             offset = position[second] - position[first]
-            distance = math.sqrt(_squared(offset))
+            distance = math.sqrt(_dot(offset, offset))
             overlap = reaches[first] + reaches[second] - distance
             if overlap <= 0:
                 continue
             normal = offset / distance if distance else np.array([1.0, 0.0])
+            first_free, second_free = bool(free[first]), bool(free[second])
             if attempt == 0:
-                _turn(velocity[first], velocity[second], normal, free[first], free[second])
-            share = _share(free[first], free[second], first == 0, attempt)
+                _turn(velocity[first], velocity[second], normal, first_free, second_free)
+            share = _share(first_free, second_free, first == 0, attempt)
             for shape, part in ((first, -share), (second, 1 - share)):
                 if part and (free[shape] or shape == 0):
                     position[shape] = np.clip(position[shape] + part * overlap * normal, low[shape], high[shape])
@@ -304,15 +312,13 @@ def _collide(
 def _turn(first: np.ndarray, second: np.ndarray, normal: np.ndarray, first_free: bool, second_free: bool) -> None:
     """Elastic collision of equal masses along `normal`, or of a free shape with one that is not; in place."""
     if first_free and second_free:
-        approach = (first - second) * normal
-        approach = approach[0] + approach[1]
+        approach = _dot(first - second, normal)
         if approach > 0:
             first -= approach * normal
             second += approach * normal
         return
     for velocity, towards, is_free in ((first, normal, first_free), (second, -normal, second_free)):
-        approach = velocity * towards
-        approach = approach[0] + approach[1]
+        approach = _dot(velocity, towards)
         if is_free and approach > 0:
             velocity -= 2 * approach * towards
 
@@ -327,5 +333,6 @@ def _share(first_free: bool, second_free: bool, first_controlled: bool, attempt:
     return 1.0 if first_free else 0.0
 
 
-def _squared(vector: np.ndarray) -> np.ndarray:
-    return vector[..., 0] * vector[..., 0] + vector[..., 1] * vector[..., 1]
+def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Inner product over the last axis; spelled out, because a BLAS may round it differently elsewhere."""
+    return first[..., 0] * second[..., 0] + first[..., 1] * second[..., 1]

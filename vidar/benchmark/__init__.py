@@ -1,0 +1,1 @@
+"""Benchmarks: the only source of published numbers."""

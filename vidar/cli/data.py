@@ -1,0 +1,58 @@
+"""`vidar data`: makes the procedural world's data set, or records ViZDoom."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    world = kinds.add_parser("world", help="the procedural world, as a prepared TFDS data set")
+    world.add_argument("--directory", type=Path, required=True, help="TFDS data directory")
+    world.add_argument("--config", default="one_shape", help="one_shape (16×16) or shapes (32×32, one to three shapes)")
+    world.add_argument("--clips", type=int, default=8192, help="training clips")
+    world.add_argument("--validation-clips", type=int, default=256)
+    world.add_argument("--frames", type=int, default=16, help="frames of a clip")
+    world.add_argument("--seed", type=int, default=0)
+    world.set_defaults(run=_world)
+    doom = kinds.add_parser("doom", help="ViZDoom gameplay by a scripted player (needs the doom extra); resumable")
+    doom.add_argument("--output", type=Path, required=True, help="directory of the recording")
+    doom.add_argument("--frames", type=int, default=60_000)
+    doom.add_argument("--size", type=int, default=32, help="side of the square frames in pixels")
+    doom.add_argument("--scenario", default=None, help="a scenario shipped with ViZDoom")
+    doom.add_argument("--encoding", choices=("raw", "h264"), default="raw")
+    doom.add_argument("--seed", type=int, default=0)
+    doom.set_defaults(run=_doom)
+
+
+def _world(options: argparse.Namespace) -> int:
+    from vidar.data.world.builder import prepare
+
+    path = prepare(
+        options.directory,
+        options.config,
+        clips=options.clips,
+        validation_clips=options.validation_clips,
+        frames=options.frames,
+        seed=options.seed,
+    )
+    print(
+        f"{path}: ready; train on it with data.tfds='vidar_world/{options.config}' data.directory='{options.directory}'"
+    )
+    return 0
+
+
+def _doom(options: argparse.Namespace) -> int:
+    from vidar.data import doom
+
+    scenario = options.scenario or doom.SCENARIOS[0]
+    doom.record(
+        options.output,
+        frames=options.frames,
+        size=options.size,
+        scenario=scenario,
+        encoding=options.encoding,
+        seed=options.seed,
+    )
+    print(f"{options.output}: ready; train on it with data.records='{options.output}'")
+    return 0

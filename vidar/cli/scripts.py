@@ -1,0 +1,128 @@
+"""What a person gives on the command line: action scripts such as `1*8,2*4`, and first frames."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from vidar.errors import ConfigError, DataError
+from vidar.models.layers import Actions, DiscreteActions
+
+
+def parse_script(script: str, count: int) -> list[int]:
+    """Parses an action script.
+
+    Args:
+        script: Comma-separated `action` or `action*frames`; actions are numbers from 0 (none).
+        count: Number of actions that the model knows.
+
+    Returns:
+        One action per frame.
+
+    Raises:
+        ConfigError: An action is unknown, or a count is not a positive number.
+    """
+    actions: list[int] = []
+    for part in script.split(","):
+        action, star, frames = part.strip().partition("*")
+        if not action.isdigit() or int(action) >= count:
+            raise ConfigError(
+                f"--actions: {part.strip()!r} is no action of this model; use 0 to {count - 1}, as in '1*8,0*4'"
+            )
+        if star and (not frames.isdigit() or int(frames) < 1):
+            raise ConfigError(f"--actions: {part.strip()!r}: after * comes a number of frames, at least 1")
+        actions += [int(action)] * int(frames or 1)
+    return actions
+
+
+def action_track(kind: Actions | None, script: str | None, frames: int) -> np.ndarray | None:
+    """Actions `[1, frames]` of a whole clip; None for models without actions.
+
+    Args:
+        kind: The model's actions.
+        script: Action script, repeated; None for no action.
+        frames: Frames of the clip; frame 0 has no past, so its action is none.
+
+    Returns:
+        int32 `[1, frames]`, or zeros `[1, frames, k]` for models with several buttons.
+    """
+    if kind is None:
+        return None
+    if not isinstance(kind, DiscreteActions):
+        _only_discrete(kind, script)
+        return np.zeros((1, frames, kind.count), np.float32 if kind.kind == "continuous" else np.bool_)
+    parsed = parse_script(script, kind.count) if script else [0]
+    track = [parsed[(frame - 1) % len(parsed)] if frame else 0 for frame in range(frames)]
+    return np.asarray([track], np.int32)
+
+
+def action_ticks(
+    kind: Actions | None, script: str | None, chunk: int, ticks: int | None, stdin: TextIO
+) -> Iterator[Any]:
+    """Actions tick by tick.
+
+    Args:
+        kind: The model's actions.
+        script: Action script, repeated; `-` reads one action a tick from `stdin`; None for no action.
+        chunk: Frames a tick.
+        ticks: Number of ticks; None for ever.
+        stdin: Where `-` reads from; the stream ends with it.
+
+    Yields:
+        int32 `[1, chunk]`, or None for no action.
+    """
+    if kind is not None and not isinstance(kind, DiscreteActions):
+        _only_discrete(kind, script)
+    parsed = [0]
+    if isinstance(kind, DiscreteActions) and script not in (None, "-"):
+        parsed = parse_script(str(script), kind.count)
+    tick = 0
+    while ticks is None or tick < ticks:
+        if script == "-" and isinstance(kind, DiscreteActions):
+            line = stdin.readline()
+            if not line:
+                return
+            yield np.full((1, chunk), parse_script(line.strip() or "0", kind.count)[0], np.int32)
+        elif kind is None or script is None:
+            yield None
+        else:
+            frames = range(tick * chunk, (tick + 1) * chunk)
+            yield np.asarray([[parsed[frame % len(parsed)] for frame in frames]], np.int32)
+        tick += 1
+
+
+def given_frames(path: Path, count: int, height: int, width: int) -> np.ndarray:
+    """Reads the first frames of an image or video, as the model takes them.
+
+    Args:
+        path: Image or video.
+        count: Frames to take.
+        height: The model's pixel height; larger pictures of the same shape are reduced by a whole factor.
+        width: The model's pixel width.
+
+    Returns:
+        uint8 `[1, count, height, width, 3]`.
+
+    Raises:
+        DataError: The file cannot be read, is too short, or has another shape.
+    """
+    from vidar.data.video import read_video
+
+    if count < 1:
+        raise ConfigError(f"--given={count} must be at least 1")
+    pixels = read_video(path)[:count]
+    if len(pixels) < count:
+        raise DataError(f"{path} has {len(pixels)} frames, --given={count} needs more")
+    factor = pixels.shape[1] // height
+    if factor < 1 or pixels.shape[1:3] != (factor * height, factor * width):
+        raise DataError(
+            f"{path} is {pixels.shape[2]}×{pixels.shape[1]}, the model needs {width}×{height} or a whole multiple"
+        )
+    blocks = pixels.reshape(count, height, factor, width, factor, 3).astype(np.float32)
+    return np.round(blocks.mean(axis=(2, 4))).astype(np.uint8)[None]
+
+
+def _only_discrete(kind: Any, script: str | None) -> None:
+    if script is not None:
+        raise ConfigError(f"--actions: this model takes {kind.kind} actions, which a script cannot write; leave it out")

@@ -1,0 +1,70 @@
+"""`vidar stream`: endless video under live actions, written while it runs."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.add_argument("--model", required=True, help="directory of a run, or a .safetensors file")
+    parser.add_argument("--output", type=Path, required=True, help="video to write while it runs (.mp4)")
+    parser.add_argument("--first", type=Path, help="image or video that the stream starts from; else from noise")
+    parser.add_argument("--given", type=int, default=1, help="frames taken from --first")
+    parser.add_argument("--frames", type=int, default=240, help="frames to stream; 0 until interrupted")
+    parser.add_argument(
+        "--actions",
+        default=None,
+        help="script such as '1*8,2*8', by number, repeated; '-' reads one action a tick from stdin",
+    )
+    parser.add_argument(
+        "--window", type=int, help="frames a chunk may see (default: the model's, or its training length)"
+    )
+    parser.add_argument("--sink", type=int, help="first frames that stay in view")
+    parser.add_argument("--relative", action="store_true", help="window-relative positions, for very long streams")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fps", type=float, default=8.0)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Streams."""
+    import sys
+    import time
+
+    from tqdm import tqdm
+
+    from vidar.cli.scripts import action_ticks, given_frames
+    from vidar.data.video import VideoWriter
+    from vidar.devices import enable_compilation_cache
+    from vidar.streaming import Engine
+    from vidar.system import load, streaming_sampler
+
+    enable_compilation_cache()
+    system, model = load(options.model)
+    positions = "relative" if options.relative else None
+    sampler = streaming_sampler(system, options.window, options.sink, positions)
+    engine = Engine(sampler, system.codec, model)
+    video = system.config.video
+    ticks = -(-options.frames // sampler.chunk) if options.frames else None
+    first = None if options.first is None else given_frames(options.first, options.given, video.height, video.width)
+    track = action_ticks(model.config.actions, options.actions, sampler.chunk, ticks, sys.stdin)
+    opened = time.perf_counter()
+    shown, count, first_frame = engine.open(options.seed, given=first), 0, 0.0
+    with VideoWriter(options.output, options.fps) as writer, tqdm(total=options.frames or None, unit="frame") as bar:
+        if shown is not None:
+            writer.append(shown[0])
+        try:
+            for frames in engine.frames(track):
+                first_frame = first_frame or time.perf_counter() - opened
+                writer.append(frames[0])
+                count += frames.shape[1]
+                bar.update(frames.shape[1])
+        except KeyboardInterrupt:
+            print("interrupted: the video so far is complete", file=sys.stderr)
+    seconds = time.perf_counter() - opened
+    compiled = sum(engine.timing.compile.values())
+    print(
+        f"{options.output}: {count} frames, {count / seconds:.1f} frames/s, first frame after {first_frame * 1000:.0f} ms "
+        f"(compiling took {compiled:.1f} s before that)"
+    )
+    return 0

@@ -1,0 +1,158 @@
+"""Drift: how a rollout changes with the index of its frames, the measure of error that feeds on itself.
+
+A rollout is a batch of videos that start alike in kind; each metric gives one curve over the frame index, with the
+interval of its mean over videos, the change from the first to the last part, and the slope. This module takes arrays
+and must know neither the model that made them nor the data that they imitate.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vidar.errors import ConfigError
+from vidar.evaluation import metrics
+from vidar.evaluation.writing import replaced
+
+PART = 0.15
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over videos with its 95 % bootstrap interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the frame index.
+
+    Attributes:
+        mean: Mean over videos at each frame.
+        low: Lower end of its 95 % interval at each frame.
+        high: Upper end at each frame.
+        change: Mean of the last 15 % of frames minus mean of the first 15 % (HeliosBench's drift, signed).
+        slope: Least-squares slope, per frame.
+    """
+
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    change: Interval
+    slope: Interval
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The curves of one rollout.
+
+    Attributes:
+        videos: Number of videos.
+        frames: Number of frames of each.
+        curves: Curve of each metric, by name.
+    """
+
+    videos: int
+    frames: int
+    curves: Mapping[str, Curve]
+
+    def to_json(self) -> str:
+        """Returns everything as indented JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+
+def drift(video: np.ndarray, truth: np.ndarray | None = None, extra: Mapping[str, np.ndarray] | None = None) -> Drift:
+    """Measures a rollout frame index by frame index.
+
+    Args:
+        video: uint8 `[b, f, h, w, 3]`, at least 2 frames.
+        truth: What should have been seen, the same shape; adds `psnr`.
+        extra: Further metrics by name, each `[b, f]`: position error, whether an identity is kept.
+
+    Returns:
+        Curves of `sharpness`, `luminance`, `saturation`, `distance_to_first`, `psnr` and the extra ones.
+
+    Raises:
+        ConfigError: Fewer than 2 frames, or arrays whose shapes do not fit.
+    """
+    if video.ndim != 5 or video.shape[1] < 2:
+        raise ConfigError(f"drift of videos of shape {video.shape}: give [videos, frames ≥ 2, height, width, 3]")
+    values = {
+        "sharpness": metrics.sharpness(video),
+        "luminance": metrics.luminance(video),
+        "saturation": metrics.saturation(video),
+        "distance_to_first": metrics.distance_to_first(video),
+    }
+    if truth is not None:
+        if truth.shape != video.shape:
+            raise ConfigError(f"drift of videos of shape {video.shape} against truth of shape {truth.shape}")
+        values["psnr"] = metrics.psnr(video, truth)
+    for name, value in (extra or {}).items():
+        if np.shape(value) != video.shape[:2]:
+            raise ConfigError(f"metric {name!r} has shape {np.shape(value)}, not [videos, frames] = {video.shape[:2]}")
+        values[name] = np.asarray(value, np.float64)
+    return Drift(video.shape[0], video.shape[1], {name: curve(value) for name, value in values.items()})
+
+
+def curve(values_bf: np.ndarray) -> Curve:
+    """Summarises one metric over the frame index.
+
+    Args:
+        values_bf: The metric of each video and frame, `[b, f]` with at least 2 frames.
+
+    Returns:
+        Its curve; the intervals come from resampling videos.
+    """
+    frames = values_bf.shape[1]
+    part = max(1, round(PART * frames))
+    index = np.arange(frames) - (frames - 1) / 2
+    low, high = metrics.bootstrap_interval(values_bf)
+    return Curve(
+        tuple(values_bf.mean(axis=0).tolist()),
+        tuple(low.tolist()),
+        tuple(high.tolist()),
+        change=_interval(values_bf[:, -part:].mean(axis=1) - values_bf[:, :part].mean(axis=1)),
+        slope=_interval(values_bf @ index / (index @ index)),
+    )
+
+
+def plot(drifts: Mapping[str, Drift], path: str | Path) -> None:
+    """Draws the curves of several rollouts, one panel for each metric.
+
+    Args:
+        drifts: Rollouts by label.
+        path: Image file to write; its suffix is the format.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for entry in drifts.values() for name in entry.curves))
+    figure = Figure(figsize=(8, 2.2 * len(names)))
+    panels = figure.subplots(len(names), 1, squeeze=False, sharex=True)
+    for panel, name in zip(panels[:, 0], names, strict=True):
+        for label, entry in drifts.items():
+            if name in entry.curves:
+                shown = entry.curves[name]
+                (line,) = panel.plot(shown.mean, label=label)
+                panel.fill_between(range(entry.frames), shown.low, shown.high, color=line.get_color(), alpha=0.2)
+        panel.set_ylabel(name.replace("_", " "))
+        panel.grid(alpha=0.3)
+    panels[0, 0].legend()
+    panels[-1, 0].set_xlabel("frame")
+    with replaced(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, bbox_inches="tight")
+
+
+def _interval(values_b: np.ndarray) -> Interval:
+    low, high = metrics.bootstrap_interval(values_b)
+    return Interval(float(values_b.mean()), float(low), float(high))

@@ -1,0 +1,269 @@
+"""The streaming engine: two executables, a tick and a decode, each compiled once and dispatched asynchronously.
+
+The host gives actions and takes uint8 frames; everything else stays on the device in donated state. This room must not
+know training, command lines or how frames are shown.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vidar.errors import ConfigError
+from vidar.models.frames import Conditions
+from vidar.models.layers import DiscreteActions, MultiBinaryActions
+from vidar.sampling.flight import State
+from vidar.sampling.noise import session_keys
+from vidar.sampling.rollout import Sampler
+
+
+@dataclass
+class Timing:
+    """Seconds spent before the first frame.
+
+    Attributes:
+        compile: Compiling (or reading from the persistent cache), by executable.
+        warm_up: Running every executable once.
+    """
+
+    compile: dict[str, float] = field(default_factory=dict)
+    warm_up: float = 0.0
+
+
+class Engine:
+    """Generates endless video for a fixed number of sessions in step with each other or not.
+
+    Typical use: `engine = Engine(system.sampler, system.codec, model)`, `engine.open(seed=0, given=pixels)`, then
+    `frames = engine.tick(actions)` for as long as one likes.
+    """
+
+    def __init__(
+        self, sampler: Sampler, codec: Any, model: Any, *, rows: int = 1, text: Any = None, compile_now: bool = True
+    ):
+        """Compiles all executables.
+
+        Args:
+            sampler: How the network is sampled; its plan must have lag > 0.
+            codec: Latents to pixels.
+            model: The network.
+            rows: Sessions.
+            text: Text states `[rows, s, c]` for networks with text, or None.
+            compile_now: Whether to compile and warm up here; else at the first use.
+
+        Raises:
+            ConfigError: The plan generates whole clips, or the network needs text.
+        """
+        if not sampler.program.lag:
+            raise ConfigError("a stream needs a plan with lag > 0; lag=0 generates whole clips")
+        if model.config.text is not None and text is None:
+            raise ConfigError("model.text is set: give text states to stream")
+        if sampler.context.window is None:
+            raise ConfigError("an endless stream needs a window: set context.window (append holds one clip only)")
+        self.sampler = sampler
+        self.codec = codec
+        self.rows = rows
+        self.timing = Timing()
+        self._model = model
+        self._text = None if text is None else sampler.encode(model, Conditions(text=jnp.asarray(text))).text
+        # Frames cross to the host; everything that comes in is placed explicitly, so that a transfer guard can stay on.
+        mesh = jax.sharding.get_mesh()
+        self._place = partial(jax.device_put, device=None if mesh.empty else NamedSharding(mesh, PartitionSpec()))
+        self._compiled: dict[Any, Any] = {}
+        self._state: State = self._fresh(0)
+        self._codec_state = codec.init_state(rows)
+        if compile_now:
+            self.warm_up()
+
+    # ------------------------------------------------------------------------------------------------------ sessions
+
+    def open(
+        self, seed: int = 0, given: np.ndarray | None = None, actions: np.ndarray | None = None
+    ) -> np.ndarray | None:
+        """Starts all sessions anew.
+
+        Args:
+            seed: Seed of the first session; the others count on from it.
+            given: Pixels of given frames, uint8 `[rows, g, h, w, 3]`, whole chunks, or None to start from noise.
+            actions: Actions of the given frames `[rows, g, ...]`; None for no action.
+
+        Returns:
+            The given frames as the codec shows them, or None.
+
+        Raises:
+            ConfigError: The frames are not whole chunks, or have the wrong size.
+        """
+        self._state = self._fresh(seed)
+        self._codec_state = self.codec.init_state(self.rows)
+        if given is None:
+            if self.sampler.first:
+                raise ConfigError("independent_first_frame: give the first frame of the stream")
+            return None
+        height, width = self.codec.latent_size(*given.shape[2:4])
+        if given.shape[0] != self.rows or (height, width) != self.sampler.latent[:2]:
+            raise ConfigError(
+                f"given frames {tuple(given.shape)} should be [{self.rows}, frames, ...] of "
+                f"{self.sampler.latent[0]}×{self.sampler.latent[1]} latents"
+            )
+        pixels = self._place(np.asarray(given))
+        conditions = Conditions(actions=self._actions(actions, given.shape[1]), text=self._text)
+        self._state = self._run("prefill", given.shape[1], self._model, self._state, pixels, conditions)
+        return np.asarray(given)
+
+    def tick(self, actions: np.ndarray | None = None) -> jax.Array:
+        """Generates the next chunk of every session.
+
+        Args:
+            actions: Actions on the way into each new frame, `[rows, chunk, ...]` or one value for all; None for none.
+
+        Returns:
+            uint8 frames `[rows, f, h, w, 3]` on the device, not waited for.
+        """
+        conditions = Conditions(actions=self._actions(actions, self.sampler.chunk), text=self._text)
+        self._state, latents = self._run("tick", None, self._model, self._state, conditions)
+        self._codec_state, frames = self._run("decode", None, self._codec_state, latents)
+        return frames
+
+    def frames(self, actions: Iterator[Any]) -> Iterator[np.ndarray]:
+        """Streams chunks of pixels, dispatching one tick ahead of what is handed out.
+
+        Args:
+            actions: One entry per tick, as `tick` takes them; the stream ends with it.
+
+        Yields:
+            uint8 frames `[rows, f, h, w, 3]` on the host; the ramp-up of a pipelined plan is left out.
+        """
+        pending: list[jax.Array] = []
+        for count, action in enumerate(actions):
+            frames = self.tick(action)
+            if count >= self.sampler.program.delay:
+                pending.append(frames)
+            if len(pending) > 1:
+                yield np.asarray(pending.pop(0))
+        for frames in pending:
+            yield np.asarray(frames)
+
+    def block(self) -> None:
+        """Waits for everything dispatched so far."""
+        jax.block_until_ready((self._state, self._codec_state))
+
+    # ----------------------------------------------------------------------------------------------------- snapshots
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copies all sessions to the host; `restore` goes on from there, bit for bit.
+
+        Returns:
+            Arrays by name, for `restore` of an engine with the same sampler and rows.
+        """
+        state = replace(self._state, key=jax.random.key_data(self._state.key))
+        return {"state": jax.device_get(jax.tree.leaves(state)), "codec": jax.device_get(self._codec_state)}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Goes on from a snapshot.
+
+        Args:
+            snapshot: From `snapshot` of an engine with the same sampler and rows.
+
+        Raises:
+            ConfigError: It was made with another sampler or another number of rows.
+        """
+        template = replace(self._state, key=jax.random.key_data(self._state.key))
+        leaves, tree = jax.tree.flatten(template)
+        given = snapshot["state"]
+        if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in given]:
+            raise ConfigError("the snapshot was made with another model, window or number of sessions")
+        state = jax.tree.unflatten(tree, [self._place(leaf) for leaf in given])
+        self._state = replace(state, key=jax.random.wrap_key_data(state.key))
+        self._codec_state = jax.tree.map(self._place, snapshot["codec"])
+
+    # --------------------------------------------------------------------------------------------------- executables
+
+    def warm_up(self, given: int | None = None) -> None:
+        """Compiles and runs every executable once, so that the first frame of a session waits for none.
+
+        Args:
+            given: Given frames that sessions will start from; None for one chunk (or the first frame).
+        """
+        start = time.perf_counter()
+        compiled = sum(self.timing.compile.values())
+        count = given or (1 if self.sampler.first else self.sampler.chunk)
+        height, width = (size * self.codec.patch for size in self.sampler.latent[:2])
+        self.open(given=np.zeros((self.rows, count, height, width, 3), np.uint8))
+        self.tick()
+        self.block()
+        self._state = self._fresh(0)
+        self.timing.warm_up = time.perf_counter() - start - (sum(self.timing.compile.values()) - compiled)
+
+    def lower(self) -> Any:
+        """Lowers the tick without running anything, for inspection."""
+        conditions = Conditions(actions=self._actions(None, self.sampler.chunk), text=self._text)
+        return self._jitted("tick").lower(self._model, self._state, conditions)
+
+    def executable(self, name: str) -> Any:
+        """The compiled `tick`, `decode` or `prefill`."""
+        return next(value for (kind, _), value in self._compiled.items() if kind == name)
+
+    def _run(self, name: str, size: Any, *arguments: Any) -> Any:
+        key = (name, size)
+        if key not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[key] = self._jitted(name).lower(*arguments).compile()
+            self.timing.compile[name] = time.perf_counter() - start
+        return self._compiled[key](*arguments)
+
+    def _jitted(self, name: str) -> Any:
+        sampler, codec = self.sampler, self.codec
+
+        def tick(model: Any, state: State, conditions: Conditions) -> tuple[State, jax.Array]:
+            state, chunk = sampler.tick(model, state, conditions)
+            return state, chunk.latents
+
+        def decode(codec_state: Any, latents: jax.Array) -> tuple[Any, jax.Array]:
+            codec_state, frames, _ = codec.decode_chunk(codec_state, latents)
+            return codec_state, frames
+
+        def prefill(model: Any, state: State, pixels: jax.Array, conditions: Conditions) -> State:
+            return sampler.prefill(model, state, codec.encode(pixels), conditions)
+
+        return {
+            "tick": jax.jit(tick, donate_argnums=1),
+            "decode": jax.jit(decode, donate_argnums=0),
+            "prefill": jax.jit(prefill, donate_argnums=1),
+        }[name]
+
+    def _fresh(self, seed: int) -> State:
+        if "fresh" not in self.__dict__:
+            sampler, model = self.sampler, self._model
+            template = self._idle(self.sampler.chunk)
+
+            def fresh(key_b: jax.Array) -> State:
+                return sampler.init(model, key_b, actions=None if template is None else jnp.asarray(template))
+
+            self.__dict__["fresh"] = jax.jit(fresh)
+        return self.__dict__["fresh"](session_keys(seed, self.rows))
+
+    def _idle(self, frames: int) -> np.ndarray | None:
+        """No action, for `frames` frames of every session."""
+        kind = self._model.config.actions
+        if kind is None:
+            return None
+        if isinstance(kind, DiscreteActions):
+            return np.zeros((self.rows, frames), np.int32)
+        dtype = np.bool_ if isinstance(kind, MultiBinaryActions) else np.float32
+        return np.zeros((self.rows, frames, kind.count), dtype)
+
+    def _actions(self, actions: Any, frames: int) -> Any:
+        idle = self._idle(frames)
+        if idle is None:
+            return None
+        if actions is None:
+            return self._place(idle)
+        array = np.asarray(actions, idle.dtype)
+        if array.ndim == idle.ndim and array.shape != idle.shape:
+            raise ConfigError(f"actions {array.shape} should be {idle.shape}")
+        return self._place(np.ascontiguousarray(np.broadcast_to(array, idle.shape)))
