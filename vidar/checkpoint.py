@@ -19,6 +19,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ class Checkpoints:
     def __init__(self, directory: os.PathLike[str] | str, keep: int, every: int | None = None):
         if keep < 1:
             raise CheckpointError(f"keep={keep}: at least one checkpoint must be kept")
-        self._directory = epath.Path(directory)
+        self._directory = _absolute(directory)
         self._keep = keep
         self._every = every
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -195,7 +196,7 @@ def load_item(directory: os.PathLike[str] | str, name: str, template: Any, step:
     Raises:
         CheckpointError: There is none, all are damaged, or what is saved does not fit the template.
     """
-    directory = epath.Path(directory)
+    directory = _absolute(directory)
     for _, path in _whole_checkpoints(directory, step, only=name):
         return _read(path, name, template, exact=False)
     raise CheckpointError(f"{directory}: no whole checkpoint")
@@ -306,6 +307,11 @@ def _placed(leaves: dict[str, Any]) -> dict[str, Any]:
         key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
         for key, leaf in leaves.items()
     }
+
+
+def _absolute(directory: os.PathLike[str] | str) -> epath.Path:
+    """Returns an absolute path, which Orbax needs; paths with a scheme (`gs://`) are so already."""
+    return epath.Path(directory) if "://" in str(directory) else epath.Path(Path(directory).expanduser().resolve())
 
 
 def _step_name(step: int) -> str:

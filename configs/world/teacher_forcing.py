@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     config.model = {
         "width": 128,
         "layers": 3,
-        "heads": 4,
-        "mlp": 512,
+        "heads": 2,
+        "mlp": 256,
         "channels": 48,
         "actions": {"kind": "discrete", "count": 5},
         "precision": {"compute": "float32"},

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,14 +96,26 @@ def test_the_recording_is_as_asked(recording):
     assert 0.6 < (actions[2:] == actions[1:-1]).mean() < 0.95
 
 
+def children(pid):
+    return [child for tasks in Path(f"/proc/{pid}/task").glob("*/children") for child in tasks.read_text().split()]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the engine's process in /proc")
 def test_a_killed_recording_goes_on_with_the_same_data(recording, tmp_path):
     command = f"from vidar.data.doom import record; record({str(tmp_path)!r}, **{SMALL!r})"
     process = subprocess.Popen([sys.executable, "-c", command], env=subprocess_environment(1), cwd=ROOT)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "manifest.partial.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: (tmp_path / "manifest.partial.json").exists() and children(process.pid))
+    engines = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{engine}").exists() for engine in engines))
     with pytest.raises(DataError, match="unfinished"):
         Episodes(tmp_path)
     first = (tmp_path / "validation-00000.array_record").stat().st_mtime_ns

@@ -124,3 +124,8 @@ def test_the_wan_preset_has_the_published_shape():
 def test_heads_must_divide_the_width():
     with pytest.raises(ConfigError, match="heads=5"):
         Shape(64, 256, 2, 5, 16, 4, 4)
+
+
+def test_unknown_patterns_are_refused():
+    with pytest.raises(ConfigError, match="bidirectional, chunk_causal, teacher_forcing"):
+        training_flops(WAN, "causal", [3])

@@ -149,7 +149,7 @@ def _engine(scenario: str, size: int, seed: int) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         game.set_doom_config_path(str(Path(folder) / "engine.ini"))
         if sys.platform == "linux":
-            game.set_vizdoom_path(str(_mortal(Path(vizdoom.__file__).parent / "vizdoom", Path(folder))))
+            game.set_vizdoom_path(str(_mortal(Path(vizdoom.scenarios_path).parent / "vizdoom", Path(folder))))
         with contextlib.chdir(folder):
             game.init()
         try:

@@ -8,11 +8,12 @@ this module knows the configuration; it must know neither its arrays nor how the
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from vidar.devices import Peak
 from vidar.errors import ConfigError
 from vidar.models.dit import DiTConfig
+
+PATTERNS = ("bidirectional", "chunk_causal", "teacher_forcing")
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def roofline_seconds(flops: float, moved: float, peak: Peak) -> float:
 
 
 def visible_pairs(
-    pattern: Literal["bidirectional", "chunk_causal", "teacher_forcing"],
+    pattern: str,
     chunks: Sequence[int],
     window: int | None = None,
 ) -> tuple[int, int]:
@@ -218,7 +219,12 @@ def visible_pairs(
 
     Returns:
         The number of frames that enter, and the number of (query, key) pairs of frames that see each other.
+
+    Raises:
+        ConfigError: Unknown pattern.
     """
+    if pattern not in PATTERNS:
+        raise ConfigError(f"pattern={pattern!r}: visible pairs are counted for {', '.join(PATTERNS)}")
     frames = sum(chunks)
     if pattern == "bidirectional":
         return frames, frames * frames
@@ -232,7 +238,7 @@ def visible_pairs(
 
 def training_flops(
     shape: Shape,
-    pattern: Literal["bidirectional", "chunk_causal", "teacher_forcing"],
+    pattern: str,
     chunks: Sequence[int],
     window: int | None = None,
 ) -> Flops:

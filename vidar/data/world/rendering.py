@@ -13,7 +13,7 @@ BACKGROUND = np.array([18, 18, 26], np.float64)
 PALETTE = np.array(
     [[235, 45, 40], [240, 215, 40], [45, 200, 70], [45, 215, 230], [60, 85, 245], [225, 60, 220]], np.float64
 )
-LINES = 32  # horizontal lines per pixel, on each of which the covered part is exact
+LINES = 16  # horizontal lines per pixel, on each of which the covered part is exact
 
 
 def render(config: WorldConfig, states: States) -> np.ndarray:
