@@ -209,10 +209,9 @@ class DiT(nnx.Module):
         self.time_projection = Linear(width, 6 * width, rngs=rngs, dtype=dtype) if shared else None
         self.actions = ActionEmbedding(config.actions, width, rngs=rngs, dtype=dtype) if config.actions else None
         self.classes = ClassEmbedding(config.classes, width, rngs=rngs, dtype=dtype) if config.classes else None
-        self.text_inner = self.text_outer = None
-        if config.text:
-            self.text_inner = Linear(config.text.width, width, rngs=rngs, scale=0.02, dtype=dtype)
-            self.text_outer = Linear(width, width, rngs=rngs, scale=0.02, dtype=dtype)
+        text = config.text
+        self.text_inner = Linear(text.width, width, rngs=rngs, scale=0.02, dtype=dtype) if text else None
+        self.text_outer = Linear(width, width, rngs=rngs, scale=0.02, dtype=dtype) if text else None
         keys = jax.random.split(rngs.params(), config.layers)
         self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
         self.head_modulation = MODULATIONS[config.modulation](2, width, rngs=rngs, dtype=dtype)

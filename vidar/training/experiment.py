@@ -21,7 +21,7 @@ from vidar.errors import ConfigError
 from vidar.evaluation.metrics import psnr
 from vidar.evaluation.sheets import contact_sheet
 from vidar.models.dit import DiTConfig, logical_axes
-from vidar.models.flops import shape_of, training_flops
+from vidar.models.flops import PATTERNS, shape_of, training_flops
 from vidar.models.frames import Conditions
 from vidar.sampling.noise import session_keys
 from vidar.sharding import MeshConfig
@@ -168,7 +168,7 @@ def _generate(sampler: Any, codec: Any, frames: int, network: Any, keys: Any, co
 
 def _flops_per_step(config: RunConfig, system: System) -> float | None:
     """Counted FLOPs of one update, where one pass over clips is all there is to it; None for rollouts."""
-    if set(system.objective.roles) != {"student"}:
+    if set(system.objective.roles) != {"student"} or config.visibility.kind not in PATTERNS:
         return None
     video = config.video
     chunks = [1] * video.independent_first_frame
