@@ -59,6 +59,7 @@ class Batches:
         self._shards = _shards_of_this_process(self._sharding)
         self._positions = {name: iterator.get_state() for name, iterator in self._iterators.items()}
         self._queues: dict[str, queue.Queue[Any]] = {}
+        self._threads: list[threading.Thread] = []
         self._stopped = threading.Event()
 
     def abstract(self, name: str) -> Any:
@@ -82,7 +83,9 @@ class Batches:
         """
         if name not in self._queues:
             self._queues[name] = queue.Queue(maxsize=_AHEAD)
-            threading.Thread(target=self._read, args=(name,), name=f"batches {name}", daemon=True).start()
+            thread = threading.Thread(target=self._read, args=(name,), name=f"batches {name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         started = time.perf_counter()
         entry = self._queues[name].get()
         waited = time.perf_counter() - started
@@ -104,8 +107,10 @@ class Batches:
             self._positions[name] = state[name]
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads; one that is left inside the runtime when the interpreter ends would abort the process."""
         self._stopped.set()
+        for thread in self._threads:
+            thread.join(timeout=10.0)
 
     def _read(self, name: str) -> None:
         """In a thread: reads ahead, with each batch the position after it; hands on what goes wrong."""
