@@ -58,3 +58,23 @@ def run_python():
         return result.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def compiled_once(tmp_path_factory):
+    """Keeps compiled programs for the session, where many tests and their subprocesses train the same thing.
+
+    Use it as `pytestmark = pytest.mark.usefixtures("compiled_once")`.
+    """
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    yield
+    for name in settings:
+        os.environ.pop(name.upper())
+    jax.config.update("jax_compilation_cache_dir", None)

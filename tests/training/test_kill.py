@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import ROOT, subprocess_environment
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 WORKER = """
     import sys, time, numpy as np
     from tests.training.toy import Numbers, Regression, Toy, arrays
@@ -90,8 +92,8 @@ def compare(tmp_path, steps, kills, least_inside, generator):
     assert rows == expected_rows
 
 
-def test_three_kills(tmp_path):
-    compare(tmp_path, steps=700, kills=3, least_inside=1, generator=random.Random(1))
+def test_two_kills(tmp_path):
+    compare(tmp_path, steps=500, kills=2, least_inside=1, generator=random.Random(1))
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from vidar.errors import CheckpointError, ConfigError, DataError, DivergenceErro
 from vidar.sharding import MeshConfig
 from vidar.training import TrainingConfig, loop, train
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 NOISY = Toy(
     objective=Regression(noise=0.3, ema_start=4),
     training=TrainingConfig(steps=12, log_every=5, save_every=3, tensorboard=False),

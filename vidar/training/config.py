@@ -22,6 +22,7 @@ class TrainingConfig:
         sample_every: Steps between two sample sheets, likewise.
         accumulate: Microbatches that a batch is split into; their gradients are averaged.
         max_nonfinite: A run of this many skipped (non-finite) updates ends the training.
+        max_seconds: Ends the training with a checkpoint after this time, on a single process; None for no limit.
         seed: Seed of initial parameters and of everything drawn while training.
         tensorboard: Whether to write TensorBoard events beside `metrics.jsonl`.
     """
@@ -35,6 +36,7 @@ class TrainingConfig:
     sample_every: int | None = None
     accumulate: int = 1
     max_nonfinite: int = 10
+    max_seconds: float | None = None
     seed: int = 0
     tensorboard: bool = True
 

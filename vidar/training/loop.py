@@ -116,7 +116,7 @@ def train(run: Run, workdir: str | Path) -> TrainState:
     # ---------------------------------------------------------------- Mesh
     mesh = make_mesh(run.mesh)
     _logger.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, mesh.devices.flat[0].device_kind)
-    with jax.set_mesh(mesh), StopSignal() as stop:
+    with jax.set_mesh(mesh), StopSignal(run.training.max_seconds) as stop:
         # ------------------------------------------------------------ Data
         batches = Batches(run.batches, run.prepare_batch, mesh, run.rules)
 
@@ -199,7 +199,7 @@ class _Loop:
             if done % training.save_every == 0 or last or stopped:
                 self._save(done)
             if stopped and not last:
-                _logger.warning("SIGTERM: stopped after step %d, which is saved", done)
+                _logger.warning("%s: stopped after step %d, which is saved", stop.reason, done)
                 break
         self._checkpoints.wait()
         return self._state()

@@ -5,6 +5,7 @@ This module knows signals; it must not know what is stopped.
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,12 +14,17 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-    """While entered, turns SIGTERM into a request that `at` reports.
+    """While entered, turns SIGTERM, or the end of a time limit, into a request that `at` reports.
 
-    With several processes, JAX's preemption service takes the signal, and `at` is true on all of them at one step.
+    With several processes, JAX's preemption service takes the signal, and `at` is true on all of them at one step; a
+    time limit is for a single process.
+
+    Args:
+        seconds: Time limit from entering on; None for none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
         self._requested = threading.Event()
         self._previous: Any = None
         self._own = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
@@ -38,7 +44,12 @@ class StopSignal:
         """Whether to stop after a step; every process asks at every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._requested.is_set()
+        return self._requested.is_set() or (self._end is not None and time.monotonic() >= self._end)
+
+    @property
+    def reason(self) -> str:
+        """What asked for the stop."""
+        return "SIGTERM" if self._requested.is_set() or jax.process_count() > 1 else "time limit"
 
     def _request(self, _number: int, _frame: FrameType | None) -> None:
         self._requested.set()

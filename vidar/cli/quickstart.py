@@ -1,0 +1,203 @@
+"""`vidar quickstart`: the whole path in ten minutes, or the shipped weights made again.
+
+Makes data, trains teacher forcing from scratch, runs a few self-forcing updates from the shipped networks, streams both
+models and compares them with the simulated truth.
+"""
+
+import argparse
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+_logger = logging.getLogger("vidar")
+
+CLIPS = 32
+TRAINED = 8
+STREAMED = 136
+SHIPPED = "world.safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="receives everything that is made")
+    parser.add_argument("--minutes", type=float, default=3.5, help="time limit of the training from scratch")
+    parser.add_argument(
+        "--remake", action="store_true", help="train the shipped networks again (about an hour), instead"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the quickstart."""
+    from vidar.data.world.builder import prepare
+    from vidar.devices import enable_compilation_cache
+
+    enable_compilation_cache()
+    start = time.perf_counter()
+    output = options.output.resolve()
+    _banner(1, "data: clips of a procedural world")
+    prepare(output / "data", "one_shape", clips=8192, frames=TRAINED)
+    (_remake if options.remake else _tour)(output, options)
+    _logger.info("done in %.1f minutes; everything is in %s", (time.perf_counter() - start) / 60, options.output)
+    return 0
+
+
+def shipped() -> Path:
+    """The weights in the package: a self-forced student and its bidirectional teacher."""
+    return Path(__file__).resolve().parent.parent / "assets" / SHIPPED
+
+
+# ---------------------------------------------------------------------------------------------------------- the tour
+
+
+def _tour(output: Path, options: argparse.Namespace) -> None:
+    from vidar.evaluation.world import held_out
+    from vidar.system import load
+
+    _banner(2, f"teacher forcing from scratch, at most {options.minutes} minutes")
+    limit = {"training.max_seconds": 60 * options.minutes, "training.save_every": 10_000, "training.eval_every": 10_000}
+    steps = {"training.steps": 400, "optimizers.student.decay_steps": 400, "training.sample_every": 10_000}
+    _train("teacher_forcing", output / "scratch", output / "data", **limit, **steps)
+
+    _banner(3, "a few self-forcing updates from the shipped student and teacher")
+    weights = {"objective.student": str(shipped()), "objective.teacher": str(shipped())}
+    few = {"training.steps": 11, "training.log_every": 5, "training.eval_every": 100, "training.sample_every": 100}
+    _train("self_forcing", output / "self_forcing", output / "data", **weights, **few)
+
+    _banner(4, f"streaming {STREAMED} frames, {STREAMED // TRAINED} times the training length")
+    truth = held_out(CLIPS, STREAMED)
+    videos = {name: _stream(*load(source), truth) for name, source in
+              (("from scratch", output / "scratch"), ("shipped", shipped()))}  # fmt: skip
+    _banner(5, "comparison with the simulated truth")
+    _show(output, videos, truth)
+
+
+def _train(card: str, workdir: Path, data: Path, **overrides: Any) -> None:
+    """Trains an experiment card of `configs/world` in a directory of its own, from the beginning."""
+    import shutil
+
+    from vidar.training.experiment import load_run_config, make_run
+    from vidar.training.loop import train
+
+    shutil.rmtree(workdir, ignore_errors=True)
+    _continue(card, workdir, data, load_run_config, make_run, train, overrides)
+
+
+def _continue(
+    card: str, workdir: Path, data: Path, load_run_config: Any, make_run: Any, train: Any, overrides: dict[str, Any]
+) -> None:
+    values = {"data.directory": str(data)} | overrides
+    config = load_run_config(_card(card), tuple(f"--config.{name}={value}" for name, value in values.items()))
+    train(make_run(config), workdir)
+
+
+def _card(name: str) -> Path:
+    from vidar.errors import ConfigError
+
+    path = Path(__file__).resolve().parent.parent.parent / "configs" / "world" / f"{name}.py"
+    if not path.is_file():
+        raise ConfigError(f"{path}: missing; run the quickstart from a clone of the repository (pip install -e .)")
+    return path
+
+
+def _stream(system: Any, model: Any, truth: Any) -> Any:
+    """Streams every held-out sequence from its first frame, all at once."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from vidar.streaming import Engine
+    from vidar.system import streaming_sampler
+
+    engine = Engine(streaming_sampler(system), system.codec, model, rows=len(truth.actions))
+    engine.open(seed=0, given=truth.pixels[:, :1])
+    ticks = (truth.actions[:, frame : frame + 1] for frame in range(1, truth.actions.shape[1]))
+    chunks = [truth.pixels[:, :1]]
+    with tqdm(total=truth.actions.shape[1] - 1, unit="frame") as bar:
+        for frames in engine.frames(ticks):
+            chunks.append(frames)
+            bar.update()
+    return np.concatenate(chunks, axis=1)
+
+
+def _show(output: Path, videos: dict[str, Any], truth: Any) -> None:
+    """Writes videos, contact sheet, drift plot and table."""
+    import json
+
+    import numpy as np
+
+    from vidar.data.video import write_video
+    from vidar.evaluation.drift import drift, plot
+    from vidar.evaluation.sheets import contact_sheet
+    from vidar.evaluation.world import score, standing_still
+
+    rollouts = {"standing still": standing_still(truth), **videos}
+    scores = {name: score(video, truth) for name, video in rollouts.items()}
+    spans = {
+        "training length": (1, TRAINED),
+        "to the end": (1, STREAMED),
+        "last quarter": (STREAMED * 3 // 4, STREAMED),
+    }
+    table = {
+        name: {span: entry.part(*limits).summary() for span, limits in spans.items()} for name, entry in scores.items()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(table, indent=2) + "\n")
+    curves = {
+        name: drift(video, truth.pixels, {"position_error": scores[name].error, "identity_kept": scores[name].identity})
+        for name, video in videos.items()
+    }
+    plot(curves, output / "drift.png")
+    rows = {}
+    for row in range(3):
+        rows[f"truth {row}"] = truth.pixels[row]
+        rows |= {f"{name} {row}": video[row] for name, video in videos.items()}
+    contact_sheet(rows, output / "sheet.png", columns=12, tile=64)
+    for name, video in videos.items():
+        above = np.concatenate(list(truth.pixels[:8]), axis=2)
+        below = np.concatenate(list(video[:8]), axis=2)
+        write_video(output / f"{name.replace(' ', '_')}.mp4", np.concatenate([above, below], axis=1), fps=8)
+    radius = truth.config.radius
+    print(f"\n{CLIPS} held-out sequences; position error in pixels (object radius {radius:g}), mean [95 % interval]")
+    for name, by_span in table.items():
+        for span, values in by_span.items():
+            cells = "  ".join(
+                f"{metric} {mean:.3f} [{low:.3f}, {high:.3f}]" for metric, (mean, low, high) in values.items()
+            )
+            print(f"  {name:15s} {span:16s} {cells}")
+    print(f"videos (truth above, model below), sheet.png, drift.png and results.json are in {output}")
+
+
+# -------------------------------------------------------------------------------------------------------- the remake
+
+
+def _remake(output: Path, options: argparse.Namespace) -> None:
+    """Trains student, teacher and self forcing as their cards say, and writes the two networks into one file."""
+    from vidar.evaluation.world import held_out, score
+    from vidar.system import load
+    from vidar.training.experiment import load_run_config, make_run, system_dict
+    from vidar.training.loop import train
+    from vidar.weights import save_weights
+
+    for number, card in enumerate(("teacher_forcing", "teacher", "self_forcing"), start=2):
+        _banner(number, f"configs/world/{card}.py (resumes where it stopped)")
+        sources = {"objective.student": str(output / "teacher_forcing"), "objective.teacher": str(output / "teacher")}
+        overrides = sources if card == "self_forcing" else {}
+        _continue(card, output / card, output / "data", load_run_config, make_run, train, overrides)
+    _banner(5, "the networks, and what they are worth")
+    system, student = load(output / "self_forcing")
+    teacher_system, teacher = load(output / "teacher")
+    path = output / SHIPPED
+    systems = {"student": system_dict(system.config), "teacher": system_dict(replace(teacher_system.config))}
+    save_weights(path, {"student": student, "teacher": teacher}, {"systems": systems}, dtype="bfloat16")
+    truth = held_out(CLIPS, STREAMED)
+    for name, source in (("shipped", shipped()), ("made again", path)):
+        if source.is_file():
+            result = score(_stream(*load(source), truth), truth).part(1, STREAMED).summary()
+            print(name, {metric: tuple(round(value, 3) for value in values) for metric, values in result.items()})
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; copy it to {shipped()} to ship it")
+
+
+def _banner(number: int, text: str) -> None:
+    _logger.info("── %d. %s", number, text)
