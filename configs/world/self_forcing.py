@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
         "given": 1,
         "shift": 3.0,
         "ema": 0.95,
-        "ema_start": 50,
+        "ema_start": 25,
     }
     config.video = {"height": 16, "width": 16, "frames": 8, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.75, "deviation": 0.35}
@@ -42,5 +42,5 @@ def get_config() -> ConfigDict:
         "student": optimizer | {"learning_rate": 5e-5},
         "critic": optimizer | {"learning_rate": 2e-4},
     }
-    config.training = {"steps": 400, "log_every": 20, "save_every": 100, "eval_every": 200, "sample_every": 200}
+    config.training = {"steps": 250, "log_every": 10, "save_every": 50, "eval_every": 125, "sample_every": 125}
     return config

@@ -35,11 +35,11 @@ def get_config() -> ConfigDict:
             "learning_rate": 0.02,
             "schedule": "cosine",
             "warmup": 20,
-            "decay_steps": 1500,
+            "decay_steps": 900,
             "final_fraction": 0.02,
             "beta1": 0.95,
             "beta2": 0.98,
         }
     }
-    config.training = {"steps": 1500, "log_every": 20, "save_every": 200}
+    config.training = {"steps": 900, "log_every": 20, "save_every": 200}
     return config
