@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a system from an experiment card",
     "generate": "generate clips with a trained model",
     "stream": "stream endless video under live actions, writing it while it runs",
+    "eval": "measure a trained model: control by actions, or exact errors on the procedural world",
     "data": "make the procedural world's data set, or record ViZDoom",
     "bench": "measure streaming or training",
 }

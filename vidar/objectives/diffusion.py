@@ -31,6 +31,7 @@ class Diffusion:
         shift: Time shift of the bump's grid.
         ema: Decay of the student's average, or None.
         ema_start: Step at which the average starts.
+        start: Trained weights to start from, a run or a `.safetensors` file, or `"init"`.
     """
 
     kind: ClassVar[str] = "diffusion"
@@ -38,11 +39,12 @@ class Diffusion:
     shift: float = 1.0
     ema: float | None = 0.999
     ema_start: int = 0
+    start: str = "init"
 
     @property
     def roles(self) -> Mapping[str, Role]:
         """One trained network."""
-        return {"student": Role(optimizer="student", ema=self.ema, ema_start=self.ema_start)}
+        return {"student": Role(source=self.start, optimizer="student", ema=self.ema, ema_start=self.ema_start)}
 
     def init_aux(self) -> Aux:
         """No auxiliary state."""

@@ -1,0 +1,46 @@
+"""Self forcing with DMD on recorded ViZDoom gameplay, from the teacher-forced student and a bidirectional teacher.
+
+Paper: Self Forcing (arXiv 2506.08009); a student update every fifth step, four solver steps.
+Data: `vidar data doom --output data/doom`
+Command: `vidar train --config configs/doom/self_forcing.py --workdir runs/doom_self_forcing`
+    (after teacher_forcing.py and teacher.py)
+Hardware: 2 CPU cores, about half an hour. Resumable at any time.
+Metric: `vidar eval turning --model runs/doom_self_forcing --records data/doom --output runs/turning`
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    config = ConfigDict()
+    config.objective = {
+        "kind": "self_forcing",
+        "student": "runs/doom_teacher_forcing",
+        "teacher": "runs/doom_teacher",
+        "given": 1,
+        "shift": 3.0,
+        "ema": 0.95,
+        "ema_start": 50,
+    }
+    config.video = {"height": 32, "width": 32, "frames": 6, "chunk": 1}
+    config.codec = {"kind": "pixel", "patch": 4, "mean": -0.7, "deviation": 0.2}
+    config.model = {
+        "width": 128,
+        "layers": 4,
+        "heads": 2,
+        "mlp": 256,
+        "channels": 48,
+        "actions": {"kind": "discrete", "count": 4},
+        "precision": {"compute": "float32"},
+    }
+    config.solver = {"kind": "few_step", "times": (1000.0, 750.0, 500.0, 250.0), "shift": 5.0}
+    config.context = {"window": 6}
+    config.data = {"records": "data/doom", "frames": 6, "batch": 12}
+    optimizer = {"name": "adamw", "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "warmup": 10}
+    config.optimizers = {
+        "student": optimizer | {"learning_rate": 5e-5},
+        "critic": optimizer | {"learning_rate": 2e-4},
+    }
+    config.training = {"steps": 400, "log_every": 20, "save_every": 50, "eval_every": 200, "sample_every": 200}
+    return config

@@ -1,0 +1,301 @@
+"""What is benchmarked: a preset's network under conditions, as functions with arguments that exist or are only shapes.
+
+Weights, latents and text are random: the time of a step does not depend on them. This room knows networks, samplers and
+the driver's step; it must not know clocks, compilers' reports or command lines.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vidar.attention.cache import ContextConfig
+from vidar.attention.visibility import ChunkCausal, TeacherForcing, Window
+from vidar.diffusion.levels import LevelsConfig
+from vidar.diffusion.plan import Commit
+from vidar.errors import ConfigError
+from vidar.models import flops
+from vidar.models.dit import DiT, DiTConfig, logical_axes
+from vidar.models.frames import Batch, Conditions
+from vidar.models.layers import DiscreteActions, MultiBinaryActions, Precision
+from vidar.models.presets import Preset, preset
+from vidar.objectives import teacher_forcing
+from vidar.sampling.axes import Axes
+from vidar.sampling.flight import State
+from vidar.sampling.noise import session_keys
+from vidar.sampling.rollout import Sampler
+from vidar.sampling.solvers import FewStep
+from vidar.sharding import MeshConfig, Rules, check_split, shardings
+from vidar.training.optimizers import OptimizerConfig, make_optimizer
+from vidar.training.state import by_path, initial_state, state_shardings
+from vidar.training.step import StepSettings, make_phase_step, metric_names
+
+_RULES = Rules()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled unit of work and what it is called with.
+
+    Attributes:
+        function: The jitted function; its donated argument comes back as its first result.
+        make: Creates its arguments, under `jit` or `jax.eval_shape`.
+        places: Where each argument lies, a tree of shardings; None without a mesh.
+        donated: Position of the donated argument.
+    """
+
+    function: Any
+    make: Callable[[], tuple[Any, ...]]
+    places: tuple[Any, ...] | None
+    donated: int
+
+    def abstract(self) -> tuple[Any, ...]:
+        """The arguments as shapes with placements."""
+        arguments = jax.eval_shape(self.make)
+        if self.places is None:
+            return arguments
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arguments, self.places
+        )
+
+    def concrete(self) -> tuple[Any, ...]:
+        """The arguments as arrays."""
+        return jax.jit(self.make, out_shardings=self.places)()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One network at one resolution and how it runs: all that a figure depends on, but the device.
+
+    Attributes:
+        bench: A tick of a stream, or a teacher-forcing step on whole clips.
+        name: A preset.
+        window: Latent frames that a query sees at most; None for those of the preset's clips.
+        steps: Solver steps of a chunk (stream).
+        commit: How finished chunks enter the cache (stream): `extra_pass`, `fused` or `last_step`.
+        rows: Sessions, or clips of a step.
+        backend: Attention back end: `xla`, `cudnn` or `splash`.
+        precision: Type of matrix products; a stream stores its weights and cache in it, too.
+        pixels: Height and width in pixels; None for the preset's.
+        remat: Whether the backward pass recomputes each block (train).
+        ema: Whether the step keeps an average of the parameters (train).
+        layers: Number of blocks; None for the preset's.
+    """
+
+    bench: Literal["stream", "train"]
+    name: str = "tiny"
+    window: int | None = None
+    steps: int = 4
+    commit: str = "extra_pass"
+    rows: int = 1
+    backend: str = "xla"
+    precision: str = "bfloat16"
+    pixels: tuple[int, int] | None = None
+    remat: bool = False
+    ema: bool = True
+    layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.rows < 1:
+            raise ConfigError(f"steps={self.steps} and rows={self.rows} must be at least 1")
+        if self.bench == "stream" and self.commit == "fused" and self.backend != "xla":
+            raise ConfigError(f"commit=fused needs a mask, which backend={self.backend} does not lower: use backend=xla")
+        self.context.check(self.preset.chunk)
+        self.model.tokens(*self.latent[:2])
+
+    # -------------------------------------------------------------------------------------------------------- numbers
+
+    @property
+    def preset(self) -> Preset:
+        """The preset that it is named after."""
+        return preset(self.name)
+
+    @property
+    def model(self) -> DiTConfig:
+        """The network."""
+        params = self.precision if self.bench == "stream" else "float32"
+        precision = Precision(params=params, compute=self.precision)
+        layers = self.layers or self.preset.model.layers
+        return replace(
+            self.preset.model, layers=layers, backend=self.backend, precision=precision, remat=self.remat
+        )
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.pixels or self.preset.pixels
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """Height, width and channels of a latent frame."""
+        chosen = self.preset
+        scale = chosen.pixels[0] // chosen.height
+        if any(size % scale for size in self.resolution):
+            raise ConfigError(
+                f"{self.resolution[0]}×{self.resolution[1]} pixels do not divide into latents of {scale}×{scale} "
+                f"pixels, as preset {self.name!r} has them"
+            )
+        return self.resolution[0] // scale, self.resolution[1] // scale, chosen.model.channels
+
+    @property
+    def context(self) -> ContextConfig:
+        """The stream's window."""
+        return ContextConfig(self.window or self.preset.frames)
+
+    @property
+    def frames(self) -> int:
+        """Pixel frames that one tick or step makes or consumes, over all rows."""
+        chosen = self.preset
+        latents = chosen.chunk if self.bench == "stream" else chosen.frames
+        return self.rows * latents * chosen.frames_per_latent
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a chunk: solver steps, and its commit unless that is free."""
+        return self.steps + (self.commit != "last_step")
+
+    @property
+    def shape(self) -> flops.Shape:
+        """The numbers that the work depends on."""
+        return flops.shape_of(self.model, *self.latent[:2])
+
+    @property
+    def chunks(self) -> list[int]:
+        """Frames of each chunk of a training clip."""
+        return [self.preset.chunk] * (self.preset.frames // self.preset.chunk)
+
+    @property
+    def counted(self) -> flops.Flops:
+        """Counted FLOPs of one tick or step."""
+        if self.bench == "stream":
+            window = self.context.window or self.preset.frames
+            return flops.chunk_flops(self.shape, self.preset.chunk, window, self.passes).times(self.rows)
+        return flops.training_flops(self.shape, "teacher_forcing", self.chunks, self.window).times(self.rows)
+
+    @property
+    def moved(self) -> float:
+        """Counted bytes of one tick or step in bf16; a training step counts as three passes over its tokens."""
+        shape = self.shape
+        if self.bench == "stream":
+            weights = 2 * shape.parameters * self.passes
+            window = self.context.window or self.preset.frames
+            return self.rows * (flops.chunk_bytes(shape, self.preset.chunk, window, self.passes) - weights) + weights
+        tokens = 2 * self.preset.frames * shape.tokens_per_frame
+        weights = 2 * shape.parameters
+        return 3 * (self.rows * (flops.forward_bytes(shape, tokens, tokens) - weights) + weights)
+
+    # ------------------------------------------------------------------------------------------------------- programs
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the network is sampled."""
+        context = self.context
+        times = tuple(1000.0 * (self.steps - step) / self.steps for step in range(self.steps))
+        return Sampler(
+            visibility=ChunkCausal() & Window(context.window or self.preset.frames),
+            latent=self.latent,
+            tokens=self.model.tokens(*self.latent[:2]),
+            frames=self.preset.frames,
+            chunk=self.preset.chunk,
+            solver=FewStep(times),
+            commit=Commit(self.commit),
+            context=context,
+            cache_dtype=self.precision,
+        )
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raises ConfigError where the mesh does not divide heads, tokens or rows."""
+        check_split(mesh, "attended", f"{self.name}.heads", self.model.heads)
+        check_split(mesh, "tokens", "tokens a frame", self.sampler.tokens)
+        check_split(mesh, "batch", "rows", self.rows)
+
+    def program(self, mesh: Mesh | None = None) -> Program:
+        """The tick or the step; trace it under the same mesh.
+
+        Args:
+            mesh: Mesh, or None for one device.
+
+        Returns:
+            The program.
+
+        Raises:
+            ConfigError: The mesh does not divide what it splits.
+        """
+        if mesh is not None:
+            self.check_mesh(mesh)
+        return self._tick(mesh) if self.bench == "stream" else self._step(mesh)
+
+    def _tick(self, mesh: Mesh | None) -> Program:
+        sampler, config = self.sampler, self.model
+
+        def make() -> tuple[Any, State, Conditions]:
+            model = DiT(config, rngs=nnx.Rngs(0))
+            conditions = sampler.encode(model, self._conditions(self.preset.chunk))
+            return model, sampler.init(model, session_keys(0, self.rows), actions=conditions.actions), conditions
+
+        def tick(model: Any, state: State, conditions: Conditions) -> tuple[State, jax.Array]:
+            state, chunk = sampler.tick(model, state, conditions)
+            return state, chunk.latents
+
+        if mesh is None:
+            return Program(jax.jit(tick, donate_argnums=1), make, None, 1)
+        model, state, conditions = jax.eval_shape(make)
+        places = (shardings(model, logical_axes, mesh), _placed(state, mesh), _placed(conditions, mesh))
+        jitted = jax.jit(tick, donate_argnums=1, out_shardings=(places[1], NamedSharding(mesh, _RULES.spec(("batch",)))))
+        return Program(jitted, make, places, 1)
+
+    def _step(self, mesh: Mesh | None) -> Program:
+        config = self.model
+        objective = teacher_forcing.TeacherForcing(ema=0.999 if self.ema else None)
+        visibility = TeacherForcing() if self.window is None else TeacherForcing() & Window(self.window)
+        axes = Axes(LevelsConfig(), visibility, self.sampler)
+        (phase,) = objective.phases(0)
+
+        def build() -> Any:
+            return DiT(config, rngs=nnx.Rngs(0))
+
+        def batch() -> Batch:
+            latents = jax.random.normal(jax.random.key(1), (self.rows, self.preset.frames, *self.latent))
+            return Batch(latents, self._conditions(self.preset.frames), jnp.arange(self.rows, dtype=jnp.int32))
+
+        network = jax.eval_shape(build)
+        names = metric_names(objective, axes, phase, {"student": network}, (), jax.eval_shape(batch))
+        paths = {path: tuple(logical_axes(path, leaf)) for path, leaf in by_path(network).items()}
+        optimizer = make_optimizer(OptimizerConfig(), paths)
+
+        def make() -> tuple[Any, Batch]:
+            networks, optimizers = {"student": build()}, {"student": optimizer}
+            return initial_state(networks, objective.roles, optimizers, (), {phase.name: names}), batch()
+
+        state = jax.eval_shape(lambda: make()[0])
+        places = None if mesh is None else state_shardings(state, logical_axes, mesh, _RULES)
+        settings = StepSettings(accumulate=1, log_every=1 << 30, seed=0, rules=_RULES)
+        update = make_phase_step(objective, axes, phase, optimizer, names, places, settings)
+
+        def step(state: Any, batch: Batch) -> Any:
+            return update(state, {}, batch, jnp.int32(1))
+
+        if mesh is None or places is None:
+            return Program(jax.jit(step, donate_argnums=0), make, None, 0)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated))
+        return Program(jitted, make, (places, _placed(jax.eval_shape(batch), mesh)), 0)
+
+    def _conditions(self, frames: int) -> Conditions:
+        """Random text and idle actions, as far as the network takes them."""
+        config = self.model
+        text, actions = None, None
+        if config.text:
+            shape = (self.rows, config.text.length, config.text.width)
+            text = jax.random.normal(jax.random.key(2), shape, jnp.dtype(self.precision))
+        if isinstance(config.actions, DiscreteActions):
+            actions = jnp.zeros((self.rows, frames), jnp.int32)
+        elif config.actions:
+            dtype = jnp.bool_ if isinstance(config.actions, MultiBinaryActions) else jnp.float32
+            actions = jnp.zeros((self.rows, frames, config.actions.count), dtype)
+        return Conditions(text=text, actions=actions)
