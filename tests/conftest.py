@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -78,3 +79,16 @@ def compiled_once(tmp_path_factory):
     for name in settings:
         os.environ.pop(name.upper())
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB, or None where this process may not mount one."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)]
+    mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
+    yield path if mounted else None
+    if mounted:
+        # Lazily: the traceback of a failed test may still hold a file open.
+        subprocess.run(["umount", "-l", str(path)], check=True)

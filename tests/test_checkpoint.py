@@ -264,17 +264,6 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path, run_python):
     assert "'fsdp', 'tensor'" in run_python(code % ("fsdp=2, tensor=1", False), devices=2)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB, where this process may mount one."""
-    path = tmp_path / "small"
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)], capture_output=True)
-    yield path if mounted.returncode == 0 else None
-    if mounted.returncode == 0:
-        subprocess.run(["umount", str(path)], check=True)
-
-
 def test_a_full_disk_is_one_line_and_the_last_good_step_stays(small_disk, tmp_path, monkeypatch):
     directory = small_disk or tmp_path / "simulated"
     checkpoints = Checkpoints(directory, keep=2)

@@ -18,7 +18,7 @@ class DataError(VidarError):
 
 
 class CheckpointError(VidarError):
-    """A checkpoint that cannot be written or read."""
+    """A checkpoint, or another file of a run, that cannot be written or read."""
 
 
 class DivergenceError(VidarError):

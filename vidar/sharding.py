@@ -141,6 +141,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
+def check_split(mesh: Any, logical_axis: str, what: str, size: int, rules: Rules = Rules()) -> None:
+    """Refuses a size that its mesh axes do not divide, before anything is traced.
+
+    Args:
+        mesh: A mesh, or anything with a `shape` from axis names to sizes.
+        logical_axis: Logical name of the dimension.
+        what: What a person calls it, such as `model.heads`.
+        size: Its size.
+        rules: Logical names to mesh axes.
+
+    Raises:
+        ConfigError: It does not divide; the message says which shard counts would fit.
+    """
+    axes = _flat(getattr(rules, logical_axis))
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    if size % shards:
+        named = " × ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+        fits = [count for count in range(1, size + 1) if size % count == 0]
+        raise ConfigError(f"{what}={size} does not split over mesh {named}: their product must be one of {fits}")
+
+
 def constrain(x: jax.Array, *logical_axes: str | None, rules: Rules = Rules()) -> jax.Array:
     """Pins an intermediate array to the mesh set by `jax.set_mesh`; without a mesh it does nothing.
 

@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
         "channels": 48,
         "actions": {"kind": "discrete", "count": 4},
         "precision": {"compute": "float32"},
+        "remat": True,
     }
     config.solver = {"kind": "euler", "steps": 8}
     config.context = {"window": 6}

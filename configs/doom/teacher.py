@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
         "channels": 48,
         "actions": {"kind": "discrete", "count": 4},
         "precision": {"compute": "float32"},
+        "remat": True,
     }
     config.plan = {"lag": 0}
     config.data = {"records": "data/doom", "frames": 6, "batch": 12}

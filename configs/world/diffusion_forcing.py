@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
         "channels": 48,
         "actions": {"kind": "discrete", "count": 5},
         "precision": {"compute": "float32"},
+        "remat": True,
     }
     config.solver = {"kind": "euler", "steps": 8}
     config.context = {"window": 4, "sink": 1, "positions": "relative"}

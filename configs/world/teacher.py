@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
         "channels": 48,
         "actions": {"kind": "discrete", "count": 5},
         "precision": {"compute": "float32"},
+        "remat": True,
     }
     config.data = {"tfds": "vidar_world/one_shape", "directory": "data/world", "frames": 8, "batch": 24}
     config.optimizers = {

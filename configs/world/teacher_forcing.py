@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
         "channels": 48,
         "actions": {"kind": "discrete", "count": 5},
         "precision": {"compute": "float32"},
+        "remat": True,
     }
     config.solver = {"kind": "few_step", "times": (1000.0, 750.0, 500.0, 250.0), "shift": 5.0}
     # The first frame stays in view and says what the shape is; three more say where it is.

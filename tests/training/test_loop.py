@@ -1,5 +1,6 @@
 """The loop: counts, stops, resumes, and what it costs."""
 
+import contextlib
 import json
 import logging
 import os
@@ -188,3 +189,33 @@ def test_another_teacher_is_refused_on_resume(tmp_path):
     train(toy.run(), tmp_path)
     with pytest.raises(CheckpointError, match="frozen role 'teacher' is not the network that step 1 was trained with"):
         train(toy.run(frozen={"teacher": build(jax.random.key(78))}), tmp_path)
+
+
+def test_a_time_limit_saves_and_the_rest_follows(tmp_path, uninterrupted, caplog):
+    with caplog.at_level(logging.WARNING, "vidar"):
+        stopped = train(NOISY.run(training=replace(NOISY.training, max_seconds=0.0)), tmp_path)
+    assert int(stopped.step) == 1
+    assert "time limit: stopped after step 1, which is saved" in caplog.messages
+    assert_same(train(NOISY.run(), tmp_path), uninterrupted[0])
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_disk_that_fills_up_costs_one_line_and_nothing_else(small_disk, uninterrupted, tensorboard):
+    if small_disk is None:
+        pytest.skip("only root may mount a small disk; tests/test_checkpoint.py simulates a full one")
+    training = replace(NOISY.training, tensorboard=tensorboard, log_every=5)
+    filler = small_disk / "filler"
+
+    def on_read(position):
+        if position == 6:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    full = NOISY.run(training=training, batches={"main": lambda: Numbers(on_read=on_read)})
+    with pytest.raises(CheckpointError, match=r"disk is full|No space left on device") as caught:
+        train(full, small_disk / "run")
+    assert "\n" not in str(caught.value)
+    filler.unlink()
+    assert_same(train(NOISY.run(training=training), small_disk / "run"), uninterrupted[0])
+    assert rows(small_disk / "run") == rows(uninterrupted[1])

@@ -77,10 +77,19 @@ def _mask(visibility: Visibility, form: Regular, per_frame: int, padded: int) ->
         outside = (query >= real) & (key >= real)
         return (inside & visibility.sees(form.tokens(q_frame), form.tokens(k_frame))) | outside
 
+    # Rows of the last, unreal frame are the padding.
+    frames = np.arange(form.frames * len(form.roles) + 1) * per_frame
+    frame_of = np.minimum(np.arange(padded) // per_frame, frames.size - 1)
+    columns = np.asarray(sees(frames[:, None], frames[None, :]), bool)[:, frame_of]
+
     class FrameMask(splash_attention_mask._ComputableMask):
         def __init__(self) -> None:
             super().__init__(shape=(padded, padded), mask_function=sees)
             self.identity = (visibility, form, per_frame, padded)
+
+        def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
+            # Every block of the mask is looked at once: by a table, tens of times faster than by `sees`.
+            return columns[:, part[1]][frame_of[part[0]]]
 
         def __eq__(self, other: object) -> bool:
             return isinstance(other, FrameMask) and self.identity == other.identity
@@ -100,9 +109,9 @@ def _kernel(mask: Any, heads: int, queries: int, keys: int, residuals: bool, int
         block_q=q_block, block_kv=k_block, block_kv_compute=k_block, block_q_dkv=q_block, block_kv_dkv=k_block,
         block_kv_dkv_compute=k_block, block_q_dq=q_block, block_kv_dq=k_block,
     )  # fmt: skip
-    # Concrete mask tables even when first called inside a trace: the kernel is cached across traces.
+    # Concrete tables even when first called inside a trace, and NumPy's: the kernel is kept across traces and meshes.
     with jax.ensure_compile_time_eval():
-        return splash_attention_kernel.make_splash_mha(
+        kernel = splash_attention_kernel.make_splash_mha(
             mask=splash_attention_mask.MultiHeadMask([mask] * heads),
             block_sizes=sizes,
             head_shards=1,
@@ -110,6 +119,7 @@ def _kernel(mask: Any, heads: int, queries: int, keys: int, residuals: bool, int
             save_residuals=residuals,
             interpret=interpret,
         )
+        return jax.tree.map(np.asarray, kernel)
 
 
 def _padded(tokens: int) -> int:

@@ -4,15 +4,14 @@ Weights, latents and text are random: the time of a step does not depend on them
 the driver's step; it must not know clocks, compilers' reports or command lines.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from vidar.attention.cache import ContextConfig
 from vidar.attention.visibility import ChunkCausal, TeacherForcing, Window
@@ -30,9 +29,9 @@ from vidar.sampling.flight import State
 from vidar.sampling.noise import session_keys
 from vidar.sampling.rollout import Sampler
 from vidar.sampling.solvers import FewStep
-from vidar.sharding import MeshConfig, Rules, check_split, shardings
+from vidar.sharding import Rules, check_split, shardings
 from vidar.training.optimizers import OptimizerConfig, make_optimizer
-from vidar.training.state import by_path, initial_state, state_shardings
+from vidar.training.state import TrainState, by_path, initial_state, state_shardings
 from vidar.training.step import StepSettings, make_phase_step, metric_names
 
 _RULES = Rules()
@@ -40,32 +39,37 @@ _RULES = Rules()
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled unit of work and what it is called with.
+    """A unit of work and what it is called with.
 
     Attributes:
-        function: The jitted function; its donated argument comes back as its first result.
-        make: Creates its arguments, under `jit` or `jax.eval_shape`.
-        places: Where each argument lies, a tree of shardings; None without a mesh.
-        donated: Position of the donated argument.
+        function: From the arguments to the next state, which is the donated argument's successor, and something small.
+        make: Creates the arguments, under `jit` or `jax.eval_shape`.
+        places: Where each argument lies: trees of shardings.
+        donated: Position of the state among the arguments.
     """
 
-    function: Any
+    function: Callable[..., Any]
     make: Callable[[], tuple[Any, ...]]
-    places: tuple[Any, ...] | None
+    places: tuple[Any, ...]
     donated: int
 
-    def abstract(self) -> tuple[Any, ...]:
-        """The arguments as shapes with placements."""
-        arguments = jax.eval_shape(self.make)
-        if self.places is None:
-            return arguments
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arguments, self.places
+    def lower(self, mesh: Mesh) -> Any:
+        """Lowers the function for the mesh from shapes alone."""
+        arguments = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            jax.eval_shape(self.make),
+            self.places,
         )
+        outputs = (self.places[self.donated], None)
+        jitted = jax.jit(self.function, donate_argnums=self.donated, out_shardings=outputs)
+        # The abstract mesh alone: its devices may not exist, and nothing may be placed on them while tracing.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jitted.lower(*arguments)
 
-    def concrete(self) -> tuple[Any, ...]:
-        """The arguments as arrays."""
-        return jax.jit(self.make, out_shardings=self.places)()
+    def arguments(self, mesh: Mesh) -> tuple[Any, ...]:
+        """The arguments as arrays on the mesh."""
+        with jax.set_mesh(mesh):
+            return jax.jit(self.make, out_shardings=self.places)()
 
 
 @dataclass(frozen=True)
@@ -214,11 +218,11 @@ class Workload:
         check_split(mesh, "tokens", "tokens a frame", self.sampler.tokens)
         check_split(mesh, "batch", "rows", self.rows)
 
-    def program(self, mesh: Mesh | None = None) -> Program:
-        """The tick or the step; trace it under the same mesh.
+    def program(self, mesh: Mesh) -> Program:
+        """The tick or the step.
 
         Args:
-            mesh: Mesh, or None for one device.
+            mesh: Mesh that it is to run on; its devices need not exist.
 
         Returns:
             The program.
@@ -226,11 +230,10 @@ class Workload:
         Raises:
             ConfigError: The mesh does not divide what it splits.
         """
-        if mesh is not None:
-            self.check_mesh(mesh)
+        self.check_mesh(mesh)
         return self._tick(mesh) if self.bench == "stream" else self._step(mesh)
 
-    def _tick(self, mesh: Mesh | None) -> Program:
+    def _tick(self, mesh: Mesh) -> Program:
         sampler, config = self.sampler, self.model
 
         def make() -> tuple[Any, State, Conditions]:
@@ -242,14 +245,11 @@ class Workload:
             state, chunk = sampler.tick(model, state, conditions)
             return state, chunk.latents
 
-        if mesh is None:
-            return Program(jax.jit(tick, donate_argnums=1), make, None, 1)
         model, state, conditions = jax.eval_shape(make)
-        places = (shardings(model, logical_axes, mesh), _placed(state, mesh), _placed(conditions, mesh))
-        jitted = jax.jit(tick, donate_argnums=1, out_shardings=(places[1], NamedSharding(mesh, _RULES.spec(("batch",)))))
-        return Program(jitted, make, places, 1)
+        places = (shardings(model, logical_axes, mesh), _places(state, mesh), _places(conditions, mesh))
+        return Program(tick, make, places, 1)
 
-    def _step(self, mesh: Mesh | None) -> Program:
+    def _step(self, mesh: Mesh) -> Program:
         config = self.model
         objective = teacher_forcing.TeacherForcing(ema=0.999 if self.ema else None)
         visibility = TeacherForcing() if self.window is None else TeacherForcing() & Window(self.window)
@@ -268,23 +268,18 @@ class Workload:
         paths = {path: tuple(logical_axes(path, leaf)) for path, leaf in by_path(network).items()}
         optimizer = make_optimizer(OptimizerConfig(), paths)
 
-        def make() -> tuple[Any, Batch]:
+        def first() -> TrainState:
             networks, optimizers = {"student": build()}, {"student": optimizer}
-            return initial_state(networks, objective.roles, optimizers, (), {phase.name: names}), batch()
+            return initial_state(networks, objective.roles, optimizers, (), {phase.name: names})
 
-        state = jax.eval_shape(lambda: make()[0])
-        places = None if mesh is None else state_shardings(state, logical_axes, mesh, _RULES)
+        places = state_shardings(jax.eval_shape(first), logical_axes, mesh, _RULES)
         settings = StepSettings(accumulate=1, log_every=1 << 30, seed=0, rules=_RULES)
         update = make_phase_step(objective, axes, phase, optimizer, names, places, settings)
 
-        def step(state: Any, batch: Batch) -> Any:
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
             return update(state, {}, batch, jnp.int32(1))
 
-        if mesh is None or places is None:
-            return Program(jax.jit(step, donate_argnums=0), make, None, 0)
-        replicated = NamedSharding(mesh, PartitionSpec())
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated))
-        return Program(jitted, make, (places, _placed(jax.eval_shape(batch), mesh)), 0)
+        return Program(step, lambda: (first(), batch()), (places, _places(jax.eval_shape(batch), mesh)), 0)
 
     def _conditions(self, frames: int) -> Conditions:
         """Random text and idle actions, as far as the network takes them."""
@@ -299,3 +294,14 @@ class Workload:
             dtype = jnp.bool_ if isinstance(config.actions, MultiBinaryActions) else jnp.float32
             actions = jnp.zeros((self.rows, frames, config.actions.count), dtype)
         return Conditions(text=text, actions=actions)
+
+
+def _places(tree: Any, mesh: Mesh) -> Any:
+    """Placement of a state, conditions or a batch: caches by heads, everything by rows."""
+
+    def axes(path: str, leaf: Any) -> tuple[str | None, ...]:
+        if path.endswith((".keys", ".values")):
+            return ("layers", "batch", "keys", "attended" if ".cache" in path else "heads", None)
+        return ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()
+
+    return shardings(tree, axes, mesh, _RULES)

@@ -30,6 +30,18 @@ class Precision:
     compute: str = "bfloat16"
 
 
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Product over the last axis; leading axes are flattened where nothing is sharded.
+
+    XLA's CPU backend is about three times slower on the kernel's gradient with several leading axes; over sharded axes a
+    flattened one could not be expressed.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if x.ndim <= 2 or not (mesh.empty or mesh.size == 1):
+        return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Linear(nnx.Module):
     """Affine map of the last axis."""
 
@@ -56,7 +68,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype: Any) -> jax.Array:
         """Applies the map in `dtype`."""
-        y = x.astype(dtype) @ self.kernel[...].astype(dtype)
+        y = product(x.astype(dtype), self.kernel[...].astype(dtype))
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias[...].astype(dtype), y.shape)

@@ -14,12 +14,16 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from vidar.errors import CheckpointError
 
 _logger = logging.getLogger("vidar")
 
@@ -56,20 +60,24 @@ class MetricWriter:
         directory: Where `metrics.jsonl` and the TensorBoard events lie.
         after: Step that the run continues from; later rows are dropped.
         tensorboard: Whether to write TensorBoard events, too.
+
+    Raises:
+        CheckpointError: Nothing can be written there; so do all methods.
     """
 
     def __init__(self, directory: str | os.PathLike[str], after: int = 0, tensorboard: bool = True):
         self.directory = Path(directory)
+        self._path = self.directory / "metrics.jsonl"
         self._file = None
-        self._events: Any = None
+        self._events = None
         if jax.process_index() != 0:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / "metrics.jsonl"
-        _drop_rows(path, after)
-        self._file = path.open("a")
-        if tensorboard:
-            self._events = _tensorboard(self.directory, after)
+        with self._writing():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _drop_rows(self._path, after)
+            self._file = self._path.open("a")
+            if tensorboard:
+                self._events = _tensorboard(self.directory, after)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row.
@@ -81,11 +89,11 @@ class MetricWriter:
         if self._file is None:
             return
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                self._events.scalars(step, values)
 
     def image(self, step: int, name: str, pixels_hwc: np.ndarray) -> None:
         """Writes one image to TensorBoard.
@@ -96,19 +104,61 @@ class MetricWriter:
             pixels_hwc: uint8 `[H, W, 3]`.
         """
         if self._events is not None:
-            self._events.add_image(name, pixels_hwc, step, dataformats="HWC")
+            with self._writing():
+                self._events.image(step, name, pixels_hwc)
 
     def synchronize(self) -> None:
         """Forces the rows to the disk; called before a checkpoint, whose run must find them."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with self._writing():
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Ends the files."""
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        """Ends the files; what a full disk has kept from being written is dropped."""
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+            if self._events is not None:
+                self._events.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns the system's errors into one line."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+
+
+class _Events:
+    """TensorBoard events, written at once: the library's own thread would be left waiting by a full disk."""
+
+    def __init__(self, directory: Path, after: int):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        messages: Any = event_pb2
+        self._event, self._summary = messages.Event, summary
+        self._file = event_file_writer.EventsWriter(str(directory / "events"), f".{os.getpid()}")
+        if after:
+            # Tells the viewer to hide what an interrupted run wrote later.
+            start = messages.SessionLog(status=messages.SessionLog.START)
+            self._file.write_event(self._event(step=after + 1, file_version="brain.Event:2"))
+            self._file.write_event(self._event(step=after + 1, session_log=start))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._write(step, self._summary.scalar(name, value))
+
+    def image(self, step: int, name: str, pixels_hwc: np.ndarray) -> None:
+        self._write(step, self._summary.image(name, pixels_hwc, dataformats="HWC"))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, step: int, summary: Any) -> None:
+        self._file.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
+        self._file.flush()
 
 
 def _drop_rows(path: Path, after: int) -> None:
@@ -130,11 +180,12 @@ def _drop_rows(path: Path, after: int) -> None:
     temporary.replace(path)
 
 
-def _tensorboard(directory: Path, after: int) -> Any:
-    """Opens TensorBoard events where tensorboardX is installed; they hide what was written after `after`."""
+def _tensorboard(directory: Path, after: int) -> _Events | None:
+    """Opens TensorBoard events where tensorboardX is installed."""
+    path = directory / "tensorboard"
+    path.mkdir(exist_ok=True)
     try:
-        from tensorboardX import SummaryWriter
+        return _Events(path, after)
     except ImportError:
         _logger.info("tensorboardX is not installed (pip install 'vidar[log]'): metrics go to metrics.jsonl only")
         return None
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=after + 1 if after else None)

@@ -215,8 +215,8 @@ class _Loop:
                 self._reporter.waited_for_data(waited)
             batch = drawn[phase.batch]
             advance = self._program.advance[index == len(phases) - 1]
+            compiled = self._compile(phase, batch, advance)
             with jax.transfer_guard("disallow"):
-                compiled = self._compile(phase, batch, advance)
                 self._leaves, report = compiled(self._leaves, self._frozen_leaves, batch, advance)
             self._reporter.phase_done(phase.name, report)
         return report["skipped"]
