@@ -159,10 +159,16 @@ def test_load_applies_overrides_and_locks(card):
     assert load(f"{card}:5").training.steps == 5
 
 
+def test_load_adds_keys_that_the_card_leaves_to_their_defaults(card):
+    config = load(card, ["--config.mesh.fsdp=8", "--config.training.stps=7", "--config.mesh.name=a-b"])
+    assert config.mesh.to_dict() == {"fsdp": 8, "name": "a-b"}
+    # Whether such a key exists is for `build` to say, which knows the dataclass.
+    assert config.training.stps == 7
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--config.training.stps=7"], "stps"),
         (["--config.training.steps=many"], "steps"),
         (["--training.steps=7"], "write --config.key=value"),
         (["--config.training.steps"], "write --config.key=value"),

@@ -4,6 +4,7 @@ Experiment cards (`configs/*.py`) return a locked `ConfigDict`; `build` turns it
 rest of vidar sees. This module is generic: it must not know which dataclasses exist, nor what their fields mean.
 """
 
+import ast
 import dataclasses
 import difflib
 import importlib
@@ -118,23 +119,36 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
     Args:
         path: Python file with `get_config()`; `file.py:text` calls `get_config("text")`.
-        overrides: Flags such as `--config.training.steps=10`; a key must exist in the card.
+        overrides: Flags such as `--config.training.steps=10`. A key that the card sets keeps its type; one that it
+            leaves to its default is added as it is, for `build` to check.
 
     Returns:
-        The locked `ConfigDict`.
+        The `ConfigDict`.
 
     Raises:
-        ConfigError: No such file, the file is not a card, an override names no key or has the wrong type.
+        ConfigError: No such file, the file is not a card, or an override has the wrong type.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     file = Path(str(path).partition(":")[0])
     if not file.is_file():
         raise ConfigError(f"--config={path}: no such file; give a Python file with get_config(), such as configs/x.py")
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
             raise ConfigError(f"{override}: not an override; write --config.key=value")
+    card = _card(path, ())
+    known = [override for override in overrides if _is_set(card, _override(override)[0])]
+    config = _card(path, known)
+    with config.unlocked():
+        for override in overrides:
+            if override not in known:
+                _add(config, *_override(override))
+    return config
+
+
+def _card(path: str | Path, overrides: Sequence[str]) -> Any:
+    """Runs a card through ml_collections, with overrides of keys that it sets."""
+    from absl import flags
+    from ml_collections import config_flags
+
     arguments = ["vidar", f"--config={path}", *overrides]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=arguments)
@@ -146,6 +160,33 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     if not hasattr(config, "items"):
         raise ConfigError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
     return config
+
+
+def _override(flag: str) -> tuple[list[str], str]:
+    """Splits `--config.a.b=value` into its keys and its value."""
+    path, _, value = flag.partition("=")
+    return path.removeprefix("--config.").split("."), value
+
+
+def _is_set(config: Any, keys: Sequence[str]) -> bool:
+    """Whether a card sets a key to something whose type an override can keep."""
+    for key in keys:
+        if not hasattr(config, "items") or key not in config:
+            return False
+        config = config[key]
+    return config is not None and not hasattr(config, "items")
+
+
+def _add(config: Any, keys: Sequence[str], value: str) -> None:
+    """Adds a key that a card does not set, with its value read as a Python literal, or else as text."""
+    for key in keys[:-1]:
+        if key not in config or not hasattr(config[key], "items"):
+            config[key] = {}
+        config = config[key]
+    try:
+        config[keys[-1]] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        config[keys[-1]] = value
 
 
 def _field_to_dict(hint: Any, value: Any) -> Any:

@@ -92,15 +92,14 @@ def test_a_run_stopped_by_sigterm_and_resumed_equals_the_uninterrupted_one(tmp_p
     assert_same(train(NOISY.run(), tmp_path), expected)  # nothing is left to do
 
 
-@pytest.mark.parametrize("log_every", [4, 100])
-def test_resuming_in_the_middle_of_a_row(tmp_path, log_every):
+def test_resuming_in_the_middle_of_a_row(tmp_path):
     """The generator's only update of the row lies before the restart."""
-    toy = replace(NOISY, training=replace(NOISY.training, log_every=log_every, steps=9))
+    toy = Toy(objective=replace(NOISY.objective, every=50), training=replace(NOISY.training, log_every=9, steps=9))
     train(toy.run(), tmp_path / "whole")
     train(toy.run(batches={"main": stopping_at(6)}), tmp_path / "parts")
     train(toy.run(), tmp_path / "parts")
-    if log_every == 4:
-        assert rows(tmp_path / "parts") == rows(tmp_path / "whole") != []
+    assert "generator/loss" in rows(tmp_path / "whole")[0]
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, uninterrupted, caplog):

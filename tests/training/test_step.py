@@ -109,6 +109,20 @@ def test_what_is_not_trainable_stays_with_its_optimizer_state(tmp_path):
         assert bool(np.any(moment)) == ("blocks" in path), path
 
 
+def test_a_phase_leaves_the_moments_of_what_it_does_not_train(tmp_path):
+    class Alternating(Regression):
+        def phases(self, step):
+            blocks = Phase("blocks", "critic", trainable=lambda path: "blocks" in path)
+            return (Phase("all", "critic"),) if step == 0 else (blocks,)
+
+    toy = Toy(objective=Alternating(), training=config(1))
+    one = arrays(trained(tmp_path / "one", toy).optimizer["critic"])
+    three = arrays(trained(tmp_path / "three", replace(toy, training=config(3))).optimizer["critic"])
+    for path, leaf in one.items():
+        same = np.array_equal(three[path], leaf)
+        assert same == ("enter" in path or "leave" in path), path
+
+
 def test_a_phase_may_reset_its_optimizer(tmp_path):
     class Reset(Regression):
         def phases(self, step):
@@ -145,7 +159,8 @@ def test_a_role_may_start_as_a_copy_or_from_given_weights(tmp_path):
     given = build(jax.random.key(5))
     state = trained(tmp_path / "given", still, initial={"critic": given})
     assert_same(state.networks["critic"], given)
-    assert not jax.tree.leaves(given)[0].is_deleted()
+    trained(tmp_path / "moved", toy, initial={"critic": given})
+    assert_same(given, build(jax.random.key(5)))
     chained = replace(still, objective=replace(toy.objective, critic_source="generator"))
     state = trained(tmp_path / "chain", chained)
     assert_same(state.networks["critic"], state.networks["generator"])

@@ -163,6 +163,10 @@ def write(cache: ContextCache, keys: jax.Array, values: jax.Array, active_b: jax
     step = jnp.int32(frames) if active_b is None else frames * active_b.astype(jnp.int32)
     if not geometry.capacity:
         return replace(cache, count=cache.count + step)
+    if geometry.capacity == geometry.sink:
+        # Without a ring behind the sink, nothing is kept once the sink is full.
+        room = cache.count < geometry.capacity
+        active_b = room if active_b is None else active_b & room
     keys, values = keys.astype(cache.keys.dtype), values.astype(cache.values.dtype)
     slot = cache.slot * geometry.tokens
     if cache.count.ndim == 0:

@@ -374,30 +374,53 @@ def _local(
         own = mask if static is None else (None if static.all() else static[None])
         return attend_xla(query, (Keys(key, value, own), *cached), frames)
     if cached:
-        dense = dense_call("cudnn") if pattern.backend == "cudnn" else splash.dense_call(pattern.interpret)
-        return merged(dense, query, (Keys(key, value), *cached))
+        return merged(_dense_of(pattern), query, (Keys(key, value), *cached))
     if pattern.backend == "cudnn":
         assert static is not None
         return segmented(query, key, value, static, dense_call("cudnn"))
     return splash.attend(query, key, value, pattern.visibility, pattern.layouts, interpret=pattern.interpret)
 
 
+def attend_all(pattern: Pattern, q_bfpnd: jax.Array, k_bsnd: jax.Array, v_bsnd: jax.Array) -> jax.Array:
+    """Attention in which every query sees every key, such as to text; queries stay sharded by tokens.
+
+    Args:
+        pattern: Names the back end; who sees whom is not asked.
+        q_bfpnd: Queries by frame and token of a frame.
+        k_bsnd: Keys.
+        v_bsnd: Values.
+
+    Returns:
+        Output `[b, f, p, n, d]` in the type of the queries.
+    """
+
+    def local(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        b, f, p, n, d = query.shape
+        flat = query.reshape(b, f * p, n, d)
+        if pattern.backend == "xla":
+            return attend_xla(flat, (Keys(key, value),), f).reshape(query.shape)
+        return _dense_of(pattern)(flat, key, value, None, False).reshape(query.shape)
+
+    b, _, p, n, _ = q_bfpnd.shape
+    rows, tokens, heads = (
+        _fitting(names, size) for names, size in ((("data", "fsdp"), b), (("sequence",), p), (("tensor",), n))
+    )
+    if rows is None and tokens is None and heads is None:
+        return local(q_bfpnd, k_bsnd, v_bsnd)
+    queries, keys = PartitionSpec(rows, None, tokens, heads, None), PartitionSpec(rows, None, heads, None)
+    return jax.shard_map(local, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)(
+        q_bfpnd, k_bsnd, v_bsnd
+    )
+
+
+def _dense_of(pattern: Pattern) -> Dense:
+    return dense_call("cudnn") if pattern.backend == "cudnn" else splash.dense_call(pattern.interpret)
+
+
 def _specs(arguments: tuple[Any, ...]) -> Any:
     """Partition specs for the local computation under the current mesh; None where nothing is sharded."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None
-    sizes = {name: size for name, size in mesh.shape.items() if size > 1 and name not in mesh.manual_axes}
     b, _, n, _ = arguments[0].shape
-
-    def fitting(names: tuple[str, ...], dimension: int) -> tuple[str, ...] | None:
-        chosen: list[str] = []
-        for name in names:
-            if name in sizes and dimension % (int(np.prod([sizes[c] for c in chosen])) * sizes[name]) == 0:
-                chosen.append(name)
-        return tuple(chosen) or None
-
-    batch, heads = fitting(("data", "fsdp"), b), fitting(("tensor", "sequence"), n)
+    batch, heads = _fitting(("data", "fsdp"), b), _fitting(("tensor", "sequence"), n)
     if batch is None and heads is None:
         return None
 
@@ -406,3 +429,18 @@ def _specs(arguments: tuple[Any, ...]) -> Any:
         return PartitionSpec(rows, None, heads, None) if x.ndim == 4 else PartitionSpec(rows)
 
     return jax.tree.map(spec, arguments)
+
+
+def _fitting(names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """Those of the current mesh's axes that split a dimension of `size`; None where none does."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    chosen: list[str] = []
+    shards = 1
+    for name in names:
+        wide = mesh.shape[name] > 1 and name not in mesh.manual_axes
+        if wide and size % (shards * mesh.shape[name]) == 0:
+            chosen.append(name)
+            shards *= mesh.shape[name]
+    return tuple(chosen) or None

@@ -141,7 +141,7 @@ class Block(nnx.Module):
         self.mlp = MLP(width, config.mlp, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x_bfpm: jax.Array, embedding: jax.Array, turn: rope.Phases, attend: Any, text: Any, dtype: Any
+        self, x_bfpm: jax.Array, embedding: jax.Array, turn: rope.Phases, attend: Any, attend_text: Any, dtype: Any
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """One block.
 
@@ -150,7 +150,7 @@ class Block(nnx.Module):
             embedding: Shared modulation `[b, f, 6, m]` or embedding `[b, f, m]`, fp32.
             turn: Rotations of all tokens.
             attend: Function (q, k, v) → output over `[b, t, n, d]`.
-            text: Projected keys and values of text `[b, s, n, d]`, or None.
+            attend_text: Function q `[b, f, p, n, d]` → output over the text's keys, or None.
             dtype: Compute type.
 
         Returns:
@@ -161,7 +161,9 @@ class Block(nnx.Module):
         hidden = modulate(x_bfpm, shift, scale, dtype)
 
         def sequence(x_bfpnd: jax.Array) -> jax.Array:
-            # Tokens sharded over `sequence` become heads sharded over it: an all-to-all where that axis is > 1.
+            # From tokens sharded over `sequence` to heads sharded over it: an all-to-all where that axis is > 1. The
+            # first line keeps the projections before it, where each device has its own tokens only.
+            x_bfpnd = constrain(x_bfpnd, "batch", "frames", "tokens", "heads", None)
             x_bfpnd = constrain(x_bfpnd, "batch", "frames", None, "attended", None)
             return x_bfpnd.reshape(b, f * p, *x_bfpnd.shape[3:])
 
@@ -171,19 +173,12 @@ class Block(nnx.Module):
         mixed = attend(query, key, value).reshape(b, f, p, *query.shape[2:])
         mixed = constrain(mixed, "batch", "frames", "tokens", "heads", None)
         x_bfpm = _gated(x_bfpm, gate, self.attention.merge(mixed, dtype))
-        if self.text_attention is not None and text is not None:
-            x_bfpm = x_bfpm + self._attend_text(x_bfpm, text, dtype)
+        if self.text_attention is not None and self.text_norm is not None and attend_text is not None:
+            query = self.text_attention.queries(self.text_norm(x_bfpm), dtype)
+            x_bfpm = x_bfpm + self.text_attention.merge(attend_text(query), dtype)
         hidden = modulate(x_bfpm, mlp_shift, mlp_scale, dtype)
         x_bfpm = _gated(x_bfpm, mlp_gate, self.mlp(hidden, dtype))
         return constrain(x_bfpm, "batch", "frames", "tokens", None), key, value
-
-    def _attend_text(self, x_bfpm: jax.Array, text: tuple[jax.Array, jax.Array], dtype: Any) -> jax.Array:
-        assert self.text_attention is not None and self.text_norm is not None
-        b, f, p, _ = x_bfpm.shape
-        query = self.text_attention.queries(self.text_norm(x_bfpm), dtype).reshape(b, f * p, *text[0].shape[2:])
-        # Every query sees every text token: no pattern is involved.
-        mixed = kernels.attend_xla(query, (Keys(*text),), f)
-        return self.text_attention.merge(mixed.reshape(b, f, p, *query.shape[2:]), dtype)
 
 
 def _gated(x_bfpm: jax.Array, gate_bfm: jax.Array, update: jax.Array) -> jax.Array:
@@ -241,7 +236,7 @@ class DiT(nnx.Module):
         if kept_b is not None:
             text_bsc = jnp.where(kept_b[:, None, None], text_bsc, jnp.zeros((), text_bsc.dtype))
         hidden = jax.nn.gelu(self.text_inner(text_bsc, dtype), approximate=True)
-        states = self.text_outer(hidden, dtype)
+        states = constrain(self.text_outer(hidden, dtype), "batch", None, None)
 
         def project(block: Block) -> tuple[jax.Array, jax.Array]:
             assert block.text_attention is not None
@@ -312,7 +307,8 @@ class DiT(nnx.Module):
 
         def block(x_bfpm: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             block, past, text = layer
-            x_bfpm, key, value = block(x_bfpm, shared, turn, lambda *qkv: attend(*qkv, past), text, dtype)
+            attend_text = None if text is None else lambda query: kernels.attend_all(pattern, query, *text)
+            x_bfpm, key, value = block(x_bfpm, shared, turn, lambda *qkv: attend(*qkv, past), attend_text, dtype)
             return x_bfpm, (key, value, x_bfpm if taps else None)
 
         text = self._text(conditions)

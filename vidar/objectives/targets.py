@@ -5,7 +5,7 @@ Nothing here knows networks; everything is testable on random arrays. Letters as
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from vidar.attention.visibility import Layout
 from vidar.diffusion.levels import Levels, LevelsConfig
@@ -15,22 +15,22 @@ BUCKETS = 8
 """Level buckets of equal width in which losses are reported."""
 
 
-def clip_keys(key: PRNGKeyArray, index_b: Int[Array, " b"]) -> PRNGKeyArray:
+def clip_keys(key: PRNGKeyArray, index_b: Int[Array, " b"]) -> Key[Array, " b"]:
     """Keys `[b]` from a step's key and the global sample index of each clip."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_b)
 
 
-def clip_noise(key_b: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+def clip_noise(key_b: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     """Standard normal noise of `shape` for each clip."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(key_b)
 
 
-def fold_each(key_b: PRNGKeyArray, data: int) -> PRNGKeyArray:
+def fold_each(key_b: Key[Array, " b"], data: int) -> Key[Array, " b"]:
     """Folds a constant into each clip's key."""
     return jax.vmap(lambda key: jax.random.fold_in(key, data))(key_b)
 
 
-def frame_levels(config: LevelsConfig, key_b: PRNGKeyArray, layout: Layout) -> Levels:
+def frame_levels(config: LevelsConfig, key_b: Key[Array, " b"], layout: Layout) -> Levels:
     """Draws training levels per chunk and spreads them over the frames of a layout.
 
     Args:
@@ -47,7 +47,7 @@ def frame_levels(config: LevelsConfig, key_b: PRNGKeyArray, layout: Layout) -> L
     return Levels(*(value[:, 0][:, chunk_of] for value in drawn))
 
 
-def drop_some(conditions: Conditions, key_b: PRNGKeyArray, probability: float) -> Conditions:
+def drop_some(conditions: Conditions, key_b: Key[Array, " b"], probability: float) -> Conditions:
     """Drops all conditions of a clip together with some probability, for classifier-free guidance."""
     if probability == 0.0:
         return conditions

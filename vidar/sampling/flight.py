@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidar.attention.cache import ContextCache, write
+from vidar.attention.cache import ConditionCache, ContextCache, write
 from vidar.attention.visibility import Layout, chunk_layout
 from vidar.diffusion import flow
 from vidar.diffusion.plan import Commit, RowGroup
@@ -179,6 +179,8 @@ class Flight:
         conditions = self.conditions
         if drops:
             conditions = conditions.drop(drops, jnp.zeros((rows,), bool))
+        if "text" in drops and isinstance(conditions.text, ConditionCache):
+            conditions = replace(conditions, text=_null_text(model, conditions.text))
 
         def spread(value: jax.Array) -> jax.Array:
             return jnp.broadcast_to(value[None], (rows * len(branches), value.shape[0]))
@@ -205,11 +207,12 @@ class Flight:
         """Self-forcing form of the denoising rows: the clean prediction at `exit_row`, the only differentiated pass."""
         if self.sampler.program.width != 1 or self.sampler.carried:
             raise ConfigError("exit_row needs one chunk in flight: lag = steps and a commit pass of its own")
-        frozen = jax.lax.stop_gradient(model)
         constant = replace(self, state=jax.lax.stop_gradient(self.state))
+        # A loop of unknown length has no reverse mode: text, which is differentiable, is cut inside it, too.
+        frozen, conditions = jax.lax.stop_gradient((model, self.conditions))
 
         def step(row: jax.Array, latents: jax.Array) -> jax.Array:
-            flight = replace(constant, latents=latents)
+            flight = replace(constant, latents=latents, conditions=conditions)
             return flight._row(frozen, row[None], row[None] + 1)[1]
 
         latents = jax.lax.fori_loop(0, exit_row, step, jax.lax.stop_gradient(self.latents))
@@ -232,7 +235,7 @@ class Flight:
             self,
             state=jax.lax.stop_gradient(self.state),
             latents=jax.lax.stop_gradient(self.latents[:, :frames]),
-            conditions=self.conditions.frames(0, frames),
+            conditions=jax.lax.stop_gradient(self.conditions.frames(0, frames)),
             layout=chunk_layout(frames, frames),
             exists=None,
         )
@@ -306,6 +309,12 @@ class Flight:
                 actions = jnp.where(keep.reshape(shape), actions, state.actions)
             next_frame = jnp.where(keep, next_frame, state.next_frame)
         return replace(state, latents=latents, actions=actions, next_frame=next_frame), chunk
+
+
+def _null_text(model: Any, text: ConditionCache) -> ConditionCache:
+    """Projected keys and values of dropped text, for as many rows as `text` has."""
+    null = model.encode_conditioning(jnp.zeros((1, text.keys.shape[2], model.config.text.width), jnp.float32))
+    return jax.tree.map(lambda one, every: jnp.broadcast_to(one, every.shape), null, text)
 
 
 def _commit_time(commit: Commit) -> float:

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 
 class Purpose(IntEnum):
@@ -19,7 +19,7 @@ class Purpose(IntEnum):
 
 
 def frame_noise(
-    key_b: PRNGKeyArray,
+    key_b: Key[Array, " b"],
     purpose: Purpose,
     frame_bf: Int[Array, "b f"],
     step_f: Int[Array, " f"],
@@ -45,6 +45,6 @@ def frame_noise(
     return jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)), in_axes=(0, 0, None))(key_b, frame_bf, step_f)
 
 
-def session_keys(seed: int, rows: int) -> PRNGKeyArray:
+def session_keys(seed: int, rows: int) -> Key[Array, " b"]:
     """Keys `[b]` of `rows` sessions that share nothing: seed, seed + 1, ..."""
     return jax.vmap(jax.random.key)(jnp.arange(seed, seed + rows, dtype=jnp.uint32))

@@ -186,7 +186,8 @@ class Sampler:
             sampler = replace(clean, chunk=chunk)
             flight = Flight(sampler, state, latents, conditions, state.next_frame, chunk_layout(chunk, chunk))
             cache = flight.commit_first(model).state.cache
-            return replace(state, cache=cache, next_frame=state.next_frame + chunk)
+            step = chunk if state.active is None else chunk * state.active.astype(jnp.int32)
+            return replace(state, cache=cache, next_frame=state.next_frame + step)
 
         if head:
             state = commit(state, 1, latents_bfhwc[:, :1], conditions.frames(0, 1))
@@ -199,7 +200,10 @@ class Sampler:
                 return commit(state, self.chunk, part[0], replace(conditions, actions=part[1])), None
 
             state, _ = jax.lax.scan(body, state, (parts, actions))
-        return replace(state, origin=state.next_frame)
+        origin = state.next_frame
+        if state.active is not None:
+            origin = jnp.where(state.active, origin, state.origin)
+        return replace(state, origin=origin)
 
     def rollout(
         self, model: Any, state: State, conditions: Conditions, chunks: int, *, exit_row: jax.Array | None = None
@@ -248,7 +252,11 @@ class Sampler:
 
         Returns:
             Latents `[b, frames, h, w, c]`; the first ones are the given ones.
+
+        Raises:
+            ConfigError: The frames are not whole chunks, or do not fit the plan or an *append* context.
         """
+        self._check_clip(frames)
         conditions = self.encode(model, conditions)
         state = self.init(model, key_b, actions=conditions.actions, limit=frames)
         start, parts = 0, []
@@ -263,10 +271,18 @@ class Sampler:
             state = replace(opening, latents=state.latents, actions=state.actions, origin=opening.next_frame)
             start, parts = 1, [first.latents]
         chunks, rest = divmod(frames - start, self.chunk)
-        if rest:
+        if rest and self.program.lag:
             raise ConfigError(f"{frames - start} frames to generate are not whole chunks of {self.chunk}")
         _, latents = self.rollout(model, state, conditions.frames(start, frames), chunks)
         return jnp.concatenate([*parts, latents], axis=1)
+
+    def _check_clip(self, frames: int) -> None:
+        if not self.program.lag and frames != self.frames:
+            raise ConfigError(f"a plan with lag=0 generates all {self.frames} frames of a clip at once, not {frames}")
+        if self.context.window is None and frames > self.frames:
+            raise ConfigError(
+                f"a context without a window holds clips of {self.frames} frames, not {frames}: set context.window"
+            )
 
 
 def _chunked(x: jax.Array, count: int) -> jax.Array:

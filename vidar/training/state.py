@@ -242,6 +242,7 @@ def initial_networks(
             raise ConfigError(
                 f"initial weights {name} have shape {leaf.shape}, the configuration says {template.shape}"
             )
+        # A copy: the state is donated, and these weights may serve another role, too.
         return jnp.copy(leaf.astype(template.dtype))
 
     trained = {}

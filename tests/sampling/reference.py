@@ -1,0 +1,81 @@
+"""Generation without caches, ticks or slots: every iteration of the staircase is one forward over the whole clip."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vidar.attention.visibility import chunk_layout
+from vidar.diffusion import flow
+from vidar.diffusion.plan import staircase
+from vidar.models.frames import Frames
+from vidar.sampling.noise import Purpose, frame_noise
+
+
+def keys(*seeds: int) -> jax.Array:
+    """Session keys."""
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
+def generate(plan, model, key_b, conditions, frames: int, given=None) -> jax.Array:
+    """What `plan.generate` must give, from `staircase`, the solver and the visibility alone.
+
+    A finished chunk stays in the sequence as it was committed: clean or noised at the commit's level, or as it was
+    before its last step.
+    """
+    steps = plan.solver.steps
+    lag = steps if plan.lag is None else plan.lag
+    if given is None and plan.first and lag:
+        alone = replace(plan, chunk=1, first=False, lag=None)
+        given = generate(alone, model, key_b, conditions.frames(0, 1), 1)
+    layout = chunk_layout(frames, plan.chunk, independent_first_frame=plan.first)
+    chunk_of = np.asarray(layout.chunks)
+    x, done = _noise(key_b, Purpose.INITIAL, np.zeros(frames, np.int32), plan.latent), 0
+    if given is not None:
+        x, done = x.at[:, : given.shape[1]].set(given), chunk_of[given.shape[1] - 1] + 1
+    table = staircase(int(chunk_of[-1] + 1 - done), steps, lag)
+    before, after = (
+        np.pad(rows, ((0, 0), (done, 0)), constant_values=steps)[:, chunk_of] for rows in (table.before, table.after)
+    )
+    level, last_step = plan.commit.level, plan.commit.kind == "last_step"
+    if last_step:
+        level = float(plan.solver.levels[-2])
+    time = 1000.0 * level if plan.commit.time is None else plan.commit.time
+    committed = (jnp.float32(level), jnp.float32(time), jnp.float32(plan.commit.noise), jnp.asarray(last_step))
+    axes, previous = (plan.visibility, layout, plan.solver, plan.guidance), x
+    for row in zip(jnp.asarray(before), jnp.asarray(after), strict=True):
+        x, previous = _iteration(axes, model, key_b, conditions, x, previous, *row, committed)
+    return x
+
+
+def _noise(key_b, purpose, step_f, latent):
+    frame_bf = jnp.broadcast_to(jnp.arange(len(step_f), dtype=jnp.int32)[None], (key_b.shape[0], len(step_f)))
+    return frame_noise(key_b, purpose, frame_bf, jnp.asarray(step_f), latent)
+
+
+@partial(jax.jit, static_argnums=0)
+def _iteration(axes, model, key_b, conditions, x, previous, before_f, after_f, committed):
+    visibility, layout, solver, guidance = axes
+    level, time, noised, last_step = committed
+    table = jnp.asarray(solver.levels, jnp.float32)
+    rows, frames, *latent = x.shape
+
+    def spread(value_f):
+        return jnp.broadcast_to(value_f[None], (rows, frames))
+
+    finished = before_f == solver.steps
+    noise = _noise(key_b, Purpose.CONTEXT, jnp.zeros_like(before_f), tuple(latent))
+    context = jnp.where(last_step, previous, flow.interpolate(x, noise, spread(level * noised * finished)))
+    own = spread(jnp.where(finished, level, table[before_f]))
+    told = spread(jnp.where(finished, time, 1000.0 * table[before_f]))
+    seen = Frames(jnp.where(finished[None, :, None, None, None], context, x), own, layout, told)
+    prediction = jnp.zeros_like(x)
+    for branch in guidance:
+        dropped = conditions.drop(branch.drops, jnp.zeros((rows,), bool))
+        prediction += branch.coefficient * model((seen,), dropped, visibility=visibility).predictions[0]
+    renoise = _noise(key_b, Purpose.RENOISE, after_f, tuple(latent))
+    stepped = solver.step(model.config.prediction, prediction, x, own, spread(table[after_f]), renoise)
+    moves = (after_f > before_f)[None, :, None, None, None]
+    return jnp.where(moves, stepped, x), jnp.where(moves, x, previous)
