@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -264,12 +266,15 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path, run_python):
     assert "'fsdp', 'tensor'" in run_python(code % ("fsdp=2, tensor=1", False), devices=2)
 
 
-def test_a_full_disk_is_one_line_and_the_last_good_step_stays(small_disk, tmp_path, monkeypatch):
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_full_disk_is_one_line_and_the_last_good_step_stays(small_disk, tmp_path, monkeypatch, foreseen):
     directory = small_disk or tmp_path / "simulated"
     checkpoints = Checkpoints(directory, keep=2)
     checkpoints.save(1, {"state": tree(1), "meta": {"step": 1}})
     checkpoints.wait()
-    if small_disk is None:
+    free = 1 << 20 if foreseen else 1 << 40
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    if small_disk is None and not foreseen:
         from orbax.checkpoint import v1
 
         def full(*_args, **_options):

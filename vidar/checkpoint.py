@@ -16,6 +16,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,6 +85,7 @@ class Checkpoints:
         try:
             stale = self._set_aside()
             path.mkdir(parents=True, exist_ok=True)
+            _check_space(path, trees)
             response = _orbax().save_checkpointables_async(path / "arrays", trees) if trees else None
         except (OSError, ValueError, RuntimeError) as error:
             raise _write_error(path, error) from error
@@ -431,6 +433,15 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def _check_space(path: epath.Path, trees: dict[str, dict[str, Any]]) -> None:
+    """Raises where a local disk cannot hold the arrays: Orbax would find out half-way, in several threads."""
+    if "://" in str(path):
+        return
+    needed = sum(leaf.nbytes for tree in trees.values() for leaf in tree.values())
+    if shutil.disk_usage(path).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _write_error(path: epath.Path, error: Exception) -> CheckpointError:
     """Returns one line that says why a checkpoint could not be written, and frees what was written of it."""
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
@@ -446,13 +457,9 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
-
-
 def _orbax() -> Any:
     """Imports Orbax when it is first needed, without its own log: its errors reach the caller as CheckpointError."""
     from orbax.checkpoint import v1
 
-    logging.getLogger("absl").addFilter(_not_from_orbax)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     return v1

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.networks import quick_jit
 from vidar.attention.visibility import chunk_layout
 from vidar.diffusion import flow
 from vidar.diffusion.plan import staircase
@@ -55,7 +56,7 @@ def _noise(key_b, purpose, step_f, latent):
     return frame_noise(key_b, purpose, frame_bf, jnp.asarray(step_f), latent)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(quick_jit, static_argnums=0)
 def _iteration(axes, model, key_b, conditions, x, previous, before_f, after_f, committed):
     visibility, layout, solver, guidance = axes
     level, time, noised, last_step = committed
@@ -67,7 +68,7 @@ def _iteration(axes, model, key_b, conditions, x, previous, before_f, after_f, c
 
     finished = before_f == solver.steps
     noise = _noise(key_b, Purpose.CONTEXT, jnp.zeros_like(before_f), tuple(latent))
-    context = jnp.where(last_step, previous, flow.interpolate(x, noise, spread(level * noised * finished)))
+    context = jnp.where(last_step, previous, flow.interpolate(x, noise, spread(level * noised * finished.astype(jnp.float32))))
     own = spread(jnp.where(finished, level, table[before_f]))
     told = spread(jnp.where(finished, time, 1000.0 * table[before_f]))
     seen = Frames(jnp.where(finished[None, :, None, None, None], context, x), own, layout, told)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import LATENT, clip, network, pattern, sampler
+from tests.networks import LATENT, clip, network, pattern, quick_jit, sampler
 from tests.sampling import reference
 from tests.sampling.reference import keys
 from vidar.attention.cache import ContextConfig
@@ -63,7 +63,7 @@ def run(plan, key_b=None, given=None, latents_and_conditions=None, model=None):
     key_b = keys(*range(len(latents))) if key_b is None else key_b
     given = None if not given else latents[:, :given]
     model = network() if model is None else model
-    ours = jax.jit(partial(plan.generate, frames=plan.frames))(model, key_b, conditions, given=given)
+    ours = quick_jit(partial(plan.generate, frames=plan.frames))(model, key_b, conditions, given=given)
     return ours, (plan, model, key_b, conditions, plan.frames, given)
 
 
