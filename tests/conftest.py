@@ -29,7 +29,7 @@ def subprocess_environment(devices: int) -> dict[str, str]:
     It compiles with less effort: what runs there compares to rounding, or an executable with itself.
     """
     return os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",

@@ -448,7 +448,9 @@ def _write_error(path: epath.Path, error: Exception) -> CheckpointError:
     if jax.process_index() == 0 and path.exists():
         path.rmtree(missing_ok=True)
     if full:
-        return CheckpointError(f"{path}: the disk is full; free some space and start again, the run continues")
+        return CheckpointError(
+            f"{path}: the disk is full; free some space and start again: the run goes on from its last checkpoint"
+        )
     return CheckpointError(f"{path}: cannot be written: {_first_line(error)}")
 
 

@@ -198,6 +198,7 @@ def test_a_time_limit_saves_and_the_rest_follows(tmp_path, uninterrupted, caplog
     assert_same(train(NOISY.run(), tmp_path), uninterrupted[0])
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("tensorboard", [False, True])
 def test_a_disk_that_fills_up_costs_one_line_and_nothing_else(small_disk, uninterrupted, tensorboard):
     if small_disk is None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vidar.attention import kernels
 from vidar.attention.kernels import Keys
 from vidar.attention.rope import RopeConfig, shift_frames
 from vidar.attention.visibility import CLEAN, Tokens
@@ -177,13 +178,21 @@ def write(cache: ContextCache, keys: jax.Array, values: jax.Array, active_b: jax
             cache.count + step,
             geometry,
         )
-    new_keys, new_values = cache.keys, cache.values
-    for row in range(keys.shape[1]):
-        start = (0, row, slot[row], 0, 0)
-        active = None if active_b is None else active_b[row]
-        new_keys = _update(new_keys, keys[:, row : row + 1], start, active)
-        new_values = _update(new_values, values[:, row : row + 1], start, active)
-    return ContextCache(new_keys, new_values, cache.count + step, geometry)
+    # Each device writes the rows that it holds: across devices, a write to one row would involve all of them.
+    buffers = kernels.on_shards(_write_rows, (cache.keys, cache.values), (keys, values), slot, active_b)
+    return ContextCache(*buffers, cache.count + step, geometry)
+
+
+def _write_rows(buffers: Any, updates: Any, slot_b: jax.Array, active_b: jax.Array | None) -> Any:
+    """Writes each row at its own token slot, in place."""
+    written = []
+    for buffer, update in zip(buffers, updates, strict=True):
+        for row in range(update.shape[1]):
+            start = (0, row, slot_b[row], 0, 0)
+            active = None if active_b is None else active_b[row]
+            buffer = _update(buffer, update[:, row : row + 1], start, active)
+        written.append(buffer)
+    return tuple(written)
 
 
 def _update(buffer: jax.Array, update: jax.Array, start: Any, active: jax.Array | None) -> jax.Array:

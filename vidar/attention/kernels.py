@@ -413,6 +413,25 @@ def attend_all(pattern: Pattern, q_bfpnd: jax.Array, k_bsnd: jax.Array, v_bsnd: 
     )
 
 
+def on_shards(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a function of cached keys and values where they lie: on each device's own rows and heads.
+
+    Args:
+        function: From the arguments' shards to one or more arrays `[l, b, s, n, d]`.
+        *arguments: Trees of arrays `[l, b, s, n, d]` and `[b]`.
+
+    Returns:
+        What the function returns, over all devices.
+    """
+    _, b, _, n, _ = next(leaf.shape for leaf in jax.tree.leaves(arguments) if leaf.ndim == 5)
+    rows, heads = _fitting(("data", "fsdp"), b), _fitting(("tensor", "sequence"), n)
+    if rows is None and heads is None:
+        return function(*arguments)
+    cached = PartitionSpec(None, rows, None, heads, None)
+    specs = jax.tree.map(lambda leaf: cached if leaf.ndim == 5 else PartitionSpec(rows), arguments)
+    return jax.shard_map(function, in_specs=specs, out_specs=cached, check_vma=False)(*arguments)
+
+
 def _dense_of(pattern: Pattern) -> Dense:
     return dense_call("cudnn") if pattern.backend == "cudnn" else splash.dense_call(pattern.interpret)
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from vidar.attention import kernels, rope
 from vidar.attention.cache import ConditionCache, ContextCache, key_parts, slot_tokens
-from vidar.attention.kernels import Keys, Pattern
+from vidar.attention.kernels import Pattern
 from vidar.attention.rope import RopeConfig
 from vidar.attention.visibility import Tokens, Visibility, frame_mask
 from vidar.errors import ConfigError
