@@ -30,7 +30,7 @@ from vidar.checkpoint import load_item
 from vidar.config import build, to_dict
 from vidar.diffusion.levels import LevelsConfig
 from vidar.diffusion.plan import Commit
-from vidar.errors import CheckpointError, ConfigError
+from vidar.errors import CheckpointError, ConfigError, DataError
 from vidar.models.codecs.pixel import PixelCodec
 from vidar.models.dit import DiT, DiTConfig
 from vidar.models.frames import Batch, Conditions
@@ -160,14 +160,17 @@ class System:
 
         Returns:
             The batch, with pixels encoded.
+
+        Raises:
+            DataError: A condition that the network uses is missing.
         """
         latents = batch["latents"] if "latents" in batch else self.codec.encode(batch["pixels"])
         model = self.config.model
-        conditions = Conditions(
-            text=batch["text"] if model.text else None,
-            actions=batch["actions"] if model.actions else None,
-            label=batch["label"] if model.classes else None,
-        )
+        used = {"text": model.text, "actions": model.actions, "label": model.classes}
+        missing = [name for name, wanted in used.items() if wanted and name not in batch]
+        if missing:
+            raise DataError(f"the network needs {' and '.join(missing)}, which the batches lack: {sorted(batch)}")
+        conditions = Conditions(**{name: batch[name] for name, wanted in used.items() if wanted})
         return Batch(latents, conditions, batch["index"].astype(jnp.int32))
 
 
@@ -249,8 +252,11 @@ def compose(config: SystemConfig) -> System:
     height, width = config.codec.latent_size(video.height, video.width)
     _check_video(video)
     config.context.check(video.chunk, video.independent_first_frame)
-    if model.channels != config.codec.channels:
-        raise ConfigError(f"model.channels={model.channels}, but the codec gives {config.codec.channels} channels")
+    for role, network in (("model", model), ("teacher", config.teacher or model)):
+        if network.channels != config.codec.channels:
+            raise ConfigError(
+                f"{role}.channels={network.channels}, but the codec gives {config.codec.channels} channels"
+            )
     sampler = Sampler(
         visibility=_generation(config),
         latent=(height, width, config.codec.channels),
@@ -266,7 +272,7 @@ def compose(config: SystemConfig) -> System:
         cache_dtype=model.precision.compute,
     )
     _check_plan(config, sampler)
-    _check_objective(config)
+    _check_objective(config, sampler)
     axes = Axes(config.levels, windowed(config.visibility, config.context), sampler, config.drop)
     return System(config, config.objective, axes)
 
@@ -359,17 +365,28 @@ def _check_plan(config: SystemConfig, sampler: Sampler) -> None:
         )
     if config.context.window is None and config.context.positions == "relative":
         raise ConfigError("context.positions='relative' needs a window: set context.window")
-    if config.model.backend != "xla" and (program.width > 1 or config.plan.commit.kind == "fused"):
+    fused = config.plan.commit.kind == "fused"
+    if fused and config.plan.commit.drops:
+        raise ConfigError(
+            f"plan.commit.drops={config.plan.commit.drops} needs a pass of its own, since a fused row shares its "
+            "conditions with the next chunk: use plan.commit.kind='extra_pass'"
+        )
+    if config.context.positions == "relative" and config.context.sink and (program.width > 1 or fused):
+        raise ConfigError(
+            "context.positions='relative' with a sink runs one chunk at a time, because each chunk sees the sink "
+            "elsewhere: use plan.lag=None and an extra_pass commit, or context.sink=0"
+        )
+    if config.model.backend != "xla" and (program.width > 1 or fused):
         raise ConfigError(
             f"model.backend={config.model.backend!r} runs one chunk at a time: use backend='xla' for "
             f"lag={program.lag} of {program.steps} steps with a {config.plan.commit.kind} commit"
         )
 
 
-def _check_objective(config: SystemConfig) -> None:
+def _check_objective(config: SystemConfig, sampler: Sampler) -> None:
     objective, pattern = config.objective, config.visibility
     beside = isinstance(objective, teacher_forcing.TeacherForcing)
-    if beside != isinstance(pattern, TeacherForcing):
+    if isinstance(objective, Objectives) and beside != isinstance(pattern, TeacherForcing):
         raise ConfigError(
             f"objective {type(objective).__name__} and visibility {type(pattern).__name__} do not go together: "
             "teacher_forcing needs visibility teacher_forcing, and only it does"
@@ -377,6 +394,12 @@ def _check_objective(config: SystemConfig) -> None:
     if isinstance(objective, self_forcing.SelfForcing):
         if config.plan.lag not in (None, config.solver.steps) or config.plan.commit.kind != "extra_pass":
             raise ConfigError("self_forcing rolls out one chunk at a time: use plan.lag=None and an extra_pass commit")
+        chunks = chunk_layout(config.video.frames, config.video.chunk, independent_first_frame=sampler.first).chunks
+        if not 0 <= objective.given <= chunks[-1]:
+            raise ConfigError(
+                f"objective.given={objective.given} of {chunks[-1] + 1} chunks leaves none to generate: "
+                f"give 0 … {chunks[-1]}"
+            )
         if config.video.independent_first_frame and not objective.given:
             raise ConfigError("self_forcing with an independent first frame needs it given: set objective.given=1")
     levels = getattr(config.levels.base, "levels", None)

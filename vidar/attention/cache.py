@@ -101,9 +101,9 @@ class ContextCache:
         geometry: Static shape.
     """
 
-    keys: jax.Array
-    values: jax.Array
-    count: jax.Array
+    keys: Any
+    values: Any
+    count: Any
     geometry: Geometry
 
     @property
@@ -261,5 +261,5 @@ def key_parts(
 class ConditionCache:
     """Projected keys and values of text, `[l, b, s, n, d]`; differentiable, never cut."""
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Any
+    values: Any

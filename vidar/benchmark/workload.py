@@ -89,6 +89,7 @@ class Workload:
         remat: Whether the backward pass recomputes each block (train).
         ema: Whether the step keeps an average of the parameters (train).
         layers: Number of blocks; None for the preset's.
+        frames: Latent frames of a clip; None for the preset's.
     """
 
     bench: Literal["stream", "train"]
@@ -103,13 +104,14 @@ class Workload:
     remat: bool = False
     ema: bool = True
     layers: int | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rows < 1:
             raise ConfigError(f"steps={self.steps} and rows={self.rows} must be at least 1")
         if self.bench == "stream" and self.commit == "fused" and self.backend != "xla":
             raise ConfigError(f"commit=fused needs a mask, which backend={self.backend} does not lower: use backend=xla")
-        self.context.check(self.preset.chunk)
+        ContextConfig(self.seen).check(self.preset.chunk)
         self.model.tokens(*self.latent[:2])
 
     # -------------------------------------------------------------------------------------------------------- numbers
@@ -147,16 +149,20 @@ class Workload:
         return self.resolution[0] // scale, self.resolution[1] // scale, chosen.model.channels
 
     @property
-    def context(self) -> ContextConfig:
-        """The stream's window."""
-        return ContextConfig(self.window or self.preset.frames)
+    def clip(self) -> int:
+        """Latent frames of a clip."""
+        return self.frames or self.preset.frames
 
     @property
-    def frames(self) -> int:
+    def seen(self) -> int:
+        """Latent frames that a query sees at most."""
+        return self.window or self.clip
+
+    @property
+    def pixel_frames(self) -> int:
         """Pixel frames that one tick or step makes or consumes, over all rows."""
         chosen = self.preset
-        latents = chosen.chunk if self.bench == "stream" else chosen.frames
-        return self.rows * latents * chosen.frames_per_latent
+        return self.rows * (chosen.chunk if self.bench == "stream" else self.clip) * chosen.frames_per_latent
 
     @property
     def passes(self) -> int:
@@ -171,14 +177,13 @@ class Workload:
     @property
     def chunks(self) -> list[int]:
         """Frames of each chunk of a training clip."""
-        return [self.preset.chunk] * (self.preset.frames // self.preset.chunk)
+        return [self.preset.chunk] * (self.clip // self.preset.chunk)
 
     @property
     def counted(self) -> flops.Flops:
         """Counted FLOPs of one tick or step."""
         if self.bench == "stream":
-            window = self.context.window or self.preset.frames
-            return flops.chunk_flops(self.shape, self.preset.chunk, window, self.passes).times(self.rows)
+            return flops.chunk_flops(self.shape, self.preset.chunk, self.seen, self.passes).times(self.rows)
         return flops.training_flops(self.shape, "teacher_forcing", self.chunks, self.window).times(self.rows)
 
     @property
@@ -187,9 +192,8 @@ class Workload:
         shape = self.shape
         if self.bench == "stream":
             weights = 2 * shape.parameters * self.passes
-            window = self.context.window or self.preset.frames
-            return self.rows * (flops.chunk_bytes(shape, self.preset.chunk, window, self.passes) - weights) + weights
-        tokens = 2 * self.preset.frames * shape.tokens_per_frame
+            return self.rows * (flops.chunk_bytes(shape, self.preset.chunk, self.seen, self.passes) - weights) + weights
+        tokens = 2 * self.clip * shape.tokens_per_frame
         weights = 2 * shape.parameters
         return 3 * (self.rows * (flops.forward_bytes(shape, tokens, tokens) - weights) + weights)
 
@@ -198,17 +202,16 @@ class Workload:
     @property
     def sampler(self) -> Sampler:
         """How the network is sampled."""
-        context = self.context
         times = tuple(1000.0 * (self.steps - step) / self.steps for step in range(self.steps))
         return Sampler(
-            visibility=ChunkCausal() & Window(context.window or self.preset.frames),
+            visibility=ChunkCausal() & Window(self.seen),
             latent=self.latent,
             tokens=self.model.tokens(*self.latent[:2]),
-            frames=self.preset.frames,
+            frames=self.clip,
             chunk=self.preset.chunk,
             solver=FewStep(times),
             commit=Commit(self.commit),
-            context=context,
+            context=ContextConfig(self.seen),
             cache_dtype=self.precision,
         )
 
@@ -260,8 +263,8 @@ class Workload:
             return DiT(config, rngs=nnx.Rngs(0))
 
         def batch() -> Batch:
-            latents = jax.random.normal(jax.random.key(1), (self.rows, self.preset.frames, *self.latent))
-            return Batch(latents, self._conditions(self.preset.frames), jnp.arange(self.rows, dtype=jnp.int32))
+            latents = jax.random.normal(jax.random.key(1), (self.rows, self.clip, *self.latent))
+            return Batch(latents, self._conditions(self.clip), jnp.arange(self.rows, dtype=jnp.int32))
 
         network = jax.eval_shape(build)
         names = metric_names(objective, axes, phase, {"student": network}, (), jax.eval_shape(batch))

@@ -292,10 +292,10 @@ class DiT(nnx.Module):
         latents = jnp.concatenate([stream.latents for stream in streams], axis=1)
         patches = rearrange(latents, "b f (h p) (w q) c -> b f (h w) (p q c)", p=config.patch, q=config.patch)
         x_bfpm = constrain(self.patch(patches, dtype), "batch", "frames", "tokens", None)
-        embedding = self._embed(streams, conditions)
+        embedding = constrain(self._embed(streams, conditions), "batch", "frames", None)
         shared = embedding
         if self.time_projection is not None:
-            shared = self.time_projection(jax.nn.silu(embedding), jnp.float32)
+            shared = constrain(self.time_projection(jax.nn.silu(embedding), jnp.float32), "batch", "frames", None)
             shared = shared.reshape(*embedding.shape[:2], 6, config.width)
         turn = rope.phases(_absolute_frames(streams), height, width, config.head_dim, config.rope)
         pattern = Pattern(visibility, tuple(stream.layout for stream in streams), config.backend)

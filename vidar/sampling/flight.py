@@ -42,14 +42,14 @@ class State:
         active: Sessions that run, bool `[b]`, or None when all do.
     """
 
-    cache: ContextCache | None
-    latents: jax.Array
-    actions: jax.Array | None
-    next_frame: jax.Array
-    origin: jax.Array
-    limit: jax.Array
-    key: jax.Array
-    active: jax.Array | None = None
+    cache: Any
+    latents: Any
+    actions: Any
+    next_frame: Any
+    origin: Any
+    limit: Any
+    key: Any
+    active: Any = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["latents", "frame", "valid"], meta_fields=[])
@@ -63,9 +63,9 @@ class Chunk:
         valid: Whether the row emitted anything, bool `[b]`.
     """
 
-    latents: jax.Array
-    frame: jax.Array
-    valid: jax.Array
+    latents: Any
+    frame: Any
+    valid: Any
 
 
 @dataclass(frozen=True)
