@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The experiment."""
     config = ConfigDict()
-    config.objective = {"kind": "teacher_forcing", "context_noise": 0.3, "ema": 0.99}
+    config.objective = {"kind": "teacher_forcing", "context_noise": 0.6, "ema": 0.99}
     config.visibility = {"kind": "teacher_forcing"}
     config.video = {"height": 16, "width": 16, "frames": 8, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.75, "deviation": 0.35}
@@ -28,8 +28,10 @@ def get_config() -> ConfigDict:
         "remat": True,
     }
     config.solver = {"kind": "few_step", "times": (1000.0, 750.0, 500.0, 250.0), "shift": 5.0}
-    # The first frame stays in view and says what the shape is; three more say where it is.
+    # The first frame stays in view, clean, and says what the shape is; the others say where it is.
     config.context = {"window": 4, "sink": 1, "positions": "relative"}
+    # What it generated is noised a little before it becomes context, so that small errors do not add up.
+    config.plan = {"commit": {"kind": "extra_pass", "level": 0.15, "noise": True}}
     config.data = {"tfds": "vidar_world/one_shape", "directory": "data/world", "frames": 8, "batch": 24}
     config.optimizers = {
         "student": {

@@ -6,6 +6,7 @@ rows, frames, tokens of a frame, model width. This room must not know objectives
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -110,6 +111,11 @@ class DiTConfig:
         return height // self.patch * (width // self.patch)
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["predictions", "keys", "values", "taps"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class Output:
     """What a forward pass gives.
@@ -121,10 +127,10 @@ class Output:
         taps: Features `[b, f, p, m]` after the tapped blocks.
     """
 
-    predictions: tuple[jax.Array, ...]
-    keys: jax.Array
-    values: jax.Array
-    taps: tuple[jax.Array, ...]
+    predictions: tuple[Any, ...]
+    keys: Any
+    values: Any
+    taps: tuple[Any, ...]
 
 
 class Block(nnx.Module):

@@ -21,8 +21,8 @@ class TeacherForcing:
     """Denoise every chunk given the clean chunks before it (the baseline of Self Forcing, arXiv 2506.08009).
 
     Attributes:
-        context_noise: Largest level of the noise on the clean half, drawn uniformly per frame; it teaches the network
-            to mistrust its context a little. Drawn upwards from 0, unlike the reference's inverted grid.
+        context_noise: Largest level of the noise on the clean half, drawn uniformly per frame but for the sink; it
+            teaches the network to mistrust its context. Drawn upwards from 0, unlike the reference's inverted grid.
         weight: Loss weight by level: `"uniform"` or `"bump"`.
         shift: Time shift of the bump's grid.
         ema: Decay of the student's average, or None.
@@ -76,7 +76,9 @@ class TeacherForcing:
         level = jnp.zeros(latents.shape[:2], jnp.float32)
         if self.context_noise:
             draw = jax.vmap(lambda key: jax.random.uniform(key, (frames,), jnp.float32, 0.0, self.context_noise))
-            level = draw(targets.fold_each(key_b, 0))
+            # The sink is what generation was given: it stays clean, so that identity is worth reading from it.
+            generated = jnp.arange(frames) >= axes.sampler.context.sink
+            level = draw(targets.fold_each(key_b, 0)) * generated.astype(jnp.float32)[None]
             noise = targets.clip_noise(targets.fold_each(key_b, 1), latents.shape[1:])
             latents = flow.interpolate(latents, noise, level)
         return Frames(latents, level, layout)

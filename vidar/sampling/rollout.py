@@ -180,7 +180,9 @@ class Sampler:
                 f"{' after a first frame of its own' if head else ''}; "
                 "give whole chunks, or set independent_first_frame for a single first image"
             )
-        clean = replace(self, commit=replace(self.commit, kind="extra_pass"))
+        # Given frames are data: they need no noise against the network's own errors. A time tag stays.
+        level = 0.0 if self.commit.noise else self.commit.level
+        clean = replace(self, commit=replace(self.commit, kind="extra_pass", level=level, noise=False))
 
         def commit(state: State, chunk: int, latents: jax.Array, conditions: Conditions) -> State:
             sampler = replace(clean, chunk=chunk)

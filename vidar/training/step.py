@@ -101,11 +101,7 @@ def make_phase_step(
         parameters = by_path(network)
         trainable = {path: phase.trainable is None or phase.trainable(path) for path in parameters}
 
-        def loss(leaves: Any, aux: Any, microbatch: Any, key: jax.Array) -> Any:
-            free = {path: leaf if trainable[path] else jax.lax.stop_gradient(leaf) for path, leaf in leaves.items()}
-            networks = {**frozen, **state.networks, phase.role: from_paths(network, free)}
-            return objective.loss(phase.name, networks, aux, axes, microbatch, state.step, key)
-
+        loss = _loss(objective, axes, phase, state, frozen, trainable)
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         value, metrics, aux, gradients = _accumulated(loss, parameters, state.aux, batch, key, settings)
         gradients = jax.lax.with_sharding_constraint(gradients, by_path(placements.networks[phase.role]))
@@ -141,6 +137,25 @@ def global_norm(tree: Any) -> jax.Array:
     """Returns the Euclidean norm over all leaves, summed in float32."""
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(jnp.sum(jnp.stack(squares)))
+
+
+def _loss(
+    objective: Objective,
+    axes: Any,
+    phase: Phase,
+    state: TrainState,
+    frozen: Mapping[str, Any],
+    trainable: Mapping[str, bool],
+) -> Callable[..., Any]:
+    """Returns the phase's loss as a function of its role's parameters, of which some are held."""
+    network = state.networks[phase.role]
+
+    def loss(leaves: Any, aux: Any, microbatch: Any, key: jax.Array) -> Any:
+        free = {path: leaf if trainable[path] else jax.lax.stop_gradient(leaf) for path, leaf in leaves.items()}
+        networks = {**frozen, **state.networks, phase.role: from_paths(network, free)}
+        return objective.loss(phase.name, networks, aux, axes, microbatch, state.step, key)
+
+    return loss
 
 
 def _accumulated(loss: Any, parameters: Any, aux: Any, batch: Any, key: jax.Array, settings: StepSettings) -> Any:
