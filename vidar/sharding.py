@@ -159,7 +159,10 @@ def check_split(mesh: Any, logical_axis: str, what: str, size: int, rules: Rules
     if size % shards:
         named = " × ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
         fits = [count for count in range(1, size + 1) if size % count == 0]
-        raise ConfigError(f"{what}={size} does not split over mesh {named}: their product must be one of {fits}")
+        raise ConfigError(
+            f"{what}={size} does not split over the {shards} shards of mesh {named}: use a multiple of {shards}, "
+            f"or shards that fit: {fits}"
+        )
 
 
 def constrain(x: jax.Array, *logical_axes: str | None, rules: Rules = Rules()) -> jax.Array:

@@ -109,7 +109,7 @@ def test_segments_cover_every_query_once():
     np.testing.assert_array_equal(rebuilt, mask)
 
 
-@pytest.mark.parametrize("name", [name for name in PATTERNS])
+@pytest.mark.parametrize("name", list(PATTERNS))
 def test_splash_equals_xla(name):
     visibility, layouts = PATTERNS[name]
     q, k, v = arrays(sum(layout.frames for layout in layouts), per_frame=13, rows=1)

@@ -26,7 +26,6 @@ def fake(latents, level):
 def observe(objective, axis, data, network_or_function=fake, prediction="v", key=KEY):
     """The loss, its metrics, and what the network was given."""
 
-
     @quick_jit
     def run(data, key):
         watched = Watched(network_or_function, prediction)
@@ -198,7 +197,9 @@ def test_masked_mean_is_zero_where_nothing_is_chosen():
 
 
 def test_a_level_of_one_falls_into_the_last_bucket():
-    metrics = targets.level_buckets(jnp.asarray([[1.0, 2.0, 4.0]]), jnp.asarray([[0.0, 0.125, 1.0]]), jnp.ones((1, 3), bool))
+    metrics = targets.level_buckets(
+        jnp.asarray([[1.0, 2.0, 4.0]]), jnp.asarray([[0.0, 0.125, 1.0]]), jnp.ones((1, 3), bool)
+    )
     found = {name: float(value) for name, value in metrics.items() if float(value)}
     assert found == {
         "loss_level/0.000:sum": 1, "loss_level/0.000:count": 1, "loss_level/0.125:sum": 2,

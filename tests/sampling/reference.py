@@ -68,7 +68,9 @@ def _iteration(axes, model, key_b, conditions, x, previous, before_f, after_f, c
 
     finished = before_f == solver.steps
     noise = _noise(key_b, Purpose.CONTEXT, jnp.zeros_like(before_f), tuple(latent))
-    context = jnp.where(last_step, previous, flow.interpolate(x, noise, spread(level * noised * finished.astype(jnp.float32))))
+    context = jnp.where(
+        last_step, previous, flow.interpolate(x, noise, spread(level * noised * finished.astype(jnp.float32)))
+    )
     own = spread(jnp.where(finished, level, table[before_f]))
     told = spread(jnp.where(finished, time, 1000.0 * table[before_f]))
     seen = Frames(jnp.where(finished[None, :, None, None, None], context, x), own, layout, told)

@@ -57,7 +57,9 @@ class Oracle:
         level = _placed(level, frame, exists, stream.level)
         velocity = gaussian.oracle(visibility == ChunkCausal())(x, level)
         own = jnp.take_along_axis(velocity, jnp.clip(frame, 0, FRAMES - 1), axis=1)
-        return Output((own[:, :, None, None, None],), stream.latents[None, :, :, 0], stream.level[None, :, :, None, None], ())
+        return Output(
+            (own[:, :, None, None, None],), stream.latents[None, :, :, 0], stream.level[None, :, :, None, None], ()
+        )
 
 
 def _placed(values, frame, exists, new):

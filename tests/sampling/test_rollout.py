@@ -200,7 +200,13 @@ def test_noise_depends_on_session_purpose_frame_and_step_alone():
     frames = jnp.asarray([[3, 4], [4, 5]], jnp.int32)
     many = frame_noise(keys(6, 0), Purpose.INITIAL, frames, jnp.asarray([1, 2], jnp.int32), LATENT)
     np.testing.assert_array_equal(many[1, 0], one)
-    for other in (draw(seed=1), draw(purpose=Purpose.RENOISE), draw(frame=5), draw(step=2), draw(purpose=Purpose.CONTEXT)):
+    for other in (
+        draw(seed=1),
+        draw(purpose=Purpose.RENOISE),
+        draw(frame=5),
+        draw(step=2),
+        draw(purpose=Purpose.CONTEXT),
+    ):
         assert float(jnp.max(jnp.abs(other - one))) > 0.1
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from vidar.attention import kernels, rope
 from vidar.attention.kernels import Pattern
@@ -97,63 +98,62 @@ def lowered_flops(workload: Workload) -> float:
     return workload.rows * passes * (workload.model.layers * layer(workload) + ends(workload))
 
 
-def compile_for(workload: Workload, topology: str, mesh: MeshConfig) -> Compiled:
-    """Compiles the tick or the step for a TPU topology.
+def compile_for(workload: Workload, mesh: Mesh) -> Compiled:
+    """Compiles the tick or the step.
 
     Args:
         workload: What to compile.
-        topology: Name such as `v5e:2x4`; see `jax.experimental.topologies`.
-        mesh: Sizes of the mesh axes over all its chips.
+        mesh: Devices to compile for; they need not exist.
 
     Returns:
         What the compiler says.
 
     Raises:
-        ConfigError: No libtpu, no such topology, or the mesh does not fit it or the network.
+        ConfigError: The mesh does not divide what it splits.
     """
-    placed = make_mesh(mesh, topology_devices(topology))
-    lowered = workload.program(placed).lower(placed)
-    device, started = placed.devices.flat[0].device_kind, time.perf_counter()
+    lowered = workload.program(mesh).lower(mesh)
+    device, started = mesh.devices.flat[0].device_kind, time.perf_counter()
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(device, placed.size, None, str(error).splitlines()[0], 0, {}, 0, time.perf_counter() - started)
+        return Compiled(device, mesh.size, None, str(error).splitlines()[0], 0, {}, 0, time.perf_counter() - started)
     seconds = time.perf_counter() - started
     analysis, text = executable.memory_analysis(), executable.as_text()
     sizes = (getattr(analysis, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp"))
     memory = Memory(*sizes, analysis.generated_code_size_in_bytes)
     found = Counter(re.findall(rf"({'|'.join(_COLLECTIVES)})(?:-start)?\(", text))
     custom = text.count('custom_call_target="tpu_custom_call"')
-    cache = cache_bytes(workload) // placed.size if workload.bench == "stream" else 0
-    return Compiled(device, placed.size, memory, "", custom, dict(found), cache, seconds)
+    cache = cache_bytes(workload) // mesh.size if workload.bench == "stream" else 0
+    return Compiled(device, mesh.size, memory, "", custom, dict(found), cache, seconds)
 
 
-def topology_devices(name: str) -> list[Any]:
-    """Devices of a TPU topology, to compile for; they need not exist.
+def topology_mesh(name: str, axes: MeshConfig) -> Mesh:
+    """A mesh over the chips of a TPU topology, to compile for; they need not exist.
 
     Args:
-        name: Such as `v5e:2x4`.
+        name: Such as `v5e:2x4`; see `jax.experimental.topologies`.
+        axes: Sizes of the mesh axes over all chips.
 
     Returns:
-        The devices.
+        The mesh.
 
     Raises:
-        ConfigError: libtpu is not installed, or knows no such topology.
+        ConfigError: libtpu is not installed or knows no such topology, or the sizes do not fit it.
     """
     from jax.experimental import topologies
 
     for variable, value in _LIBTPU.items():
         os.environ.setdefault(variable, value)
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except (RuntimeError, ValueError, OSError) as error:
-        # jax says "No module/plugin" where libtpu is missing, and passes libtpu's own words on otherwise.
-        reason = str(error).splitlines()[0]
+        devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except (RuntimeError, ValueError, OSError, NotImplementedError) as error:
         raise ConfigError(
-            f"topology {name!r}: {reason}; names look like v5e:2x4, and libtpu must be installed (pip install libtpu)"
+            f"topology {name!r}: {str(error).splitlines()[0]}; "
+            "names look like v5e:2x4, and libtpu must be installed (pip install libtpu)"
         ) from error
+    return make_mesh(axes, devices)
 
 
 def cache_bytes(workload: Workload) -> int:
@@ -200,7 +200,9 @@ def _graded_layer(workload: Workload) -> float:
         return kernels.segmented(query, key, value, mask, kernels.dense_call("xla"))
 
     def graded(block: Block, x: Any, embedding: Any, text: Any) -> Any:
-        output, pull = jax.vjp(lambda *given: _run_block(workload, *given[:3], attend, given[3]), block, x, embedding, text)
+        output, pull = jax.vjp(
+            lambda *given: _run_block(workload, *given[:3], attend, given[3]), block, x, embedding, text
+        )
         return pull(jax.tree.map(jnp.ones_like, output))
 
     return _flops(graded, block, x, embedding, text)

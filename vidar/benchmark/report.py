@@ -48,6 +48,7 @@ class Record:
         window: Latent frames that a query sees at most; for training, those of a clip.
         steps: Solver steps and passes of the commit, such as `"4+1"`; for training, the objective.
         precision: Type of the matrix products.
+        backend: Attention back end.
         decoder: Whether decoding to pixels is in the measured time.
         warmup: Ticks or steps before the measurement.
         time: Time of one tick or step; None when it was only lowered.
@@ -66,6 +67,7 @@ class Record:
     window: int
     steps: str
     precision: str
+    backend: str
     decoder: bool
     warmup: int
     time: Percentiles | None
@@ -79,7 +81,7 @@ class Record:
     def conditions(self) -> tuple[object, ...]:
         """What makes two records measurements of the same thing: the newer one replaces the older."""
         network = (self.bench, self.preset, self.resolution, self.batch, self.window, self.steps)
-        return (*network, self.precision, self.decoder, self.time is None)
+        return (*network, self.precision, self.backend, self.decoder, self.time is None)
 
     @property
     def frames_per_second(self) -> float | None:
@@ -119,8 +121,8 @@ def table(records: Sequence[Record]) -> str:
     Returns:
         A Markdown table that is aligned as plain text too; `–` stands for what was not measured.
     """
-    header = ("bench", "device", "preset", "pixels", "batch", "window", "steps", "precision", "decoder", "warm-up")
-    times = ("p50 ms", "p90 ms", "p99 ms", "first frame ms", "frames/s", "TFLOP", "% of roofline")
+    header = ("bench", "device", "preset", "pixels", "batch", "window", "steps", "precision", "backend")
+    times = ("decoder", "warm-up", "p50 ms", "p90 ms", "p99 ms", "first frame ms", "frames/s", "TFLOP", "% of roofline")
     rows = [(*header, *times), *(_cells(record) for record in records)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
@@ -172,13 +174,13 @@ def read(path: str | Path) -> tuple[Record, ...]:
 
 
 def _cells(record: Record) -> tuple[str, ...]:
-    def number(value: float | None, digits: int = 1) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.1f}"
 
     time = record.time
     conditions = (record.bench, record.device, record.preset, "×".join(map(str, record.resolution)), str(record.batch))
-    network = (str(record.window), record.steps, record.precision, "in" if record.decoder else "out")
+    network = (str(record.window), record.steps, record.precision, record.backend, "in" if record.decoder else "out")
     measured = (None, None, None) if time is None else (time.p50, time.p90, time.p99)
     rates = (record.first_frame, record.frames_per_second)
-    work = (number(record.flops / 1e12, 2), number(record.percent_of_roofline))
+    work = (f"{record.flops / 1e12:.4g}", number(record.percent_of_roofline))
     return (*conditions, *network, str(record.warmup), *map(number, (*measured, *rates)), *work)

@@ -15,10 +15,13 @@ from jax.sharding import Mesh
 
 from vidar.attention.cache import ContextConfig
 from vidar.attention.visibility import ChunkCausal, TeacherForcing, Window
+from vidar.benchmark.report import Percentiles, Record
+from vidar.devices import peak
 from vidar.diffusion.levels import LevelsConfig
 from vidar.diffusion.plan import Commit
 from vidar.errors import ConfigError
 from vidar.models import flops
+from vidar.models.codecs.pixel import PixelCodec
 from vidar.models.dit import DiT, DiTConfig, logical_axes
 from vidar.models.frames import Batch, Conditions
 from vidar.models.layers import DiscreteActions, MultiBinaryActions, Precision
@@ -86,6 +89,7 @@ class Workload:
         backend: Attention back end: `xla`, `cudnn` or `splash`.
         precision: Type of matrix products; a stream stores its weights and cache in it, too.
         pixels: Height and width in pixels; None for the preset's.
+        decoder: Whether chunks are decoded to pixels (stream).
         remat: Whether the backward pass recomputes each block (train).
         ema: Whether the step keeps an average of the parameters (train).
         layers: Number of blocks; None for the preset's.
@@ -101,6 +105,7 @@ class Workload:
     backend: str = "xla"
     precision: str = "bfloat16"
     pixels: tuple[int, int] | None = None
+    decoder: bool = False
     remat: bool = False
     ema: bool = True
     layers: int | None = None
@@ -110,9 +115,15 @@ class Workload:
         if self.steps < 1 or self.rows < 1:
             raise ConfigError(f"steps={self.steps} and rows={self.rows} must be at least 1")
         if self.bench == "stream" and self.commit == "fused" and self.backend != "xla":
-            raise ConfigError(f"commit=fused needs a mask, which backend={self.backend} does not lower: use backend=xla")
+            raise ConfigError(
+                f"commit=fused needs a mask, which backend={self.backend} does not lower: use backend=xla"
+            )
         ContextConfig(self.seen).check(self.preset.chunk)
         self.model.tokens(*self.latent[:2])
+        if self.clip % self.preset.chunk:
+            raise ConfigError(f"clips of {self.clip} frames are not whole chunks of {self.preset.chunk}")
+        if self.codec and self.bench == "train":
+            raise ConfigError("a training step decodes nothing: leave the decoder out")
 
     # -------------------------------------------------------------------------------------------------------- numbers
 
@@ -127,9 +138,7 @@ class Workload:
         params = self.precision if self.bench == "stream" else "float32"
         precision = Precision(params=params, compute=self.precision)
         layers = self.layers or self.preset.model.layers
-        return replace(
-            self.preset.model, layers=layers, backend=self.backend, precision=precision, remat=self.remat
-        )
+        return replace(self.preset.model, layers=layers, backend=self.backend, precision=precision, remat=self.remat)
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -149,6 +158,15 @@ class Workload:
         return self.resolution[0] // scale, self.resolution[1] // scale, chosen.model.channels
 
     @property
+    def codec(self) -> PixelCodec | None:
+        """What decodes chunks; None where they stay latents."""
+        height, _, channels = self.latent
+        codec = PixelCodec(self.resolution[0] // height)
+        if self.decoder and codec.channels != channels:
+            raise ConfigError(f"preset {self.name!r} has no decoder here: measure its network alone")
+        return codec if self.decoder else None
+
+    @property
     def clip(self) -> int:
         """Latent frames of a clip."""
         return self.frames or self.preset.frames
@@ -163,6 +181,15 @@ class Workload:
         """Pixel frames that one tick or step makes or consumes, over all rows."""
         chosen = self.preset
         return self.rows * (chosen.chunk if self.bench == "stream" else self.clip) * chosen.frames_per_latent
+
+    @property
+    def kind(self) -> str:
+        """Solver steps and commit, or the objective."""
+        if self.bench == "train":
+            return "teacher_forcing, remat" if self.remat else "teacher_forcing"
+        return {"extra_pass": f"{self.steps}+1", "fused": f"{self.steps}+1 fused", "last_step": f"{self.steps}"}[
+            self.commit
+        ]
 
     @property
     def passes(self) -> int:
@@ -188,7 +215,7 @@ class Workload:
 
     @property
     def moved(self) -> float:
-        """Counted bytes of one tick or step in bf16; a training step counts as three passes over its tokens."""
+        """Counted bytes of one tick or step in bf16; a training step counts as three passes."""
         shape = self.shape
         if self.bench == "stream":
             weights = 2 * shape.parameters * self.passes
@@ -215,6 +242,13 @@ class Workload:
             cache_dtype=self.precision,
         )
 
+    def first_state(self) -> State:
+        """The stream's state before its first tick."""
+        network = jax.eval_shape(self._network)
+        return self.sampler.init(
+            network, session_keys(0, self.rows), actions=self._conditions(self.preset.chunk).actions
+        )
+
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ConfigError where the mesh does not divide heads, tokens or rows."""
         check_split(mesh, "attended", f"{self.name}.heads", self.model.heads)
@@ -237,12 +271,11 @@ class Workload:
         return self._tick(mesh) if self.bench == "stream" else self._step(mesh)
 
     def _tick(self, mesh: Mesh) -> Program:
-        sampler, config = self.sampler, self.model
+        sampler = self.sampler
 
         def make() -> tuple[Any, State, Conditions]:
-            model = DiT(config, rngs=nnx.Rngs(0))
-            conditions = sampler.encode(model, self._conditions(self.preset.chunk))
-            return model, sampler.init(model, session_keys(0, self.rows), actions=conditions.actions), conditions
+            model = self._network()
+            return model, self.first_state(), sampler.encode(model, self._conditions(self.preset.chunk))
 
         def tick(model: Any, state: State, conditions: Conditions) -> tuple[State, jax.Array]:
             state, chunk = sampler.tick(model, state, conditions)
@@ -253,26 +286,22 @@ class Workload:
         return Program(tick, make, places, 1)
 
     def _step(self, mesh: Mesh) -> Program:
-        config = self.model
         objective = teacher_forcing.TeacherForcing(ema=0.999 if self.ema else None)
         visibility = TeacherForcing() if self.window is None else TeacherForcing() & Window(self.window)
         axes = Axes(LevelsConfig(), visibility, self.sampler)
         (phase,) = objective.phases(0)
 
-        def build() -> Any:
-            return DiT(config, rngs=nnx.Rngs(0))
-
         def batch() -> Batch:
             latents = jax.random.normal(jax.random.key(1), (self.rows, self.clip, *self.latent))
             return Batch(latents, self._conditions(self.clip), jnp.arange(self.rows, dtype=jnp.int32))
 
-        network = jax.eval_shape(build)
+        network = jax.eval_shape(self._network)
         names = metric_names(objective, axes, phase, {"student": network}, (), jax.eval_shape(batch))
         paths = {path: tuple(logical_axes(path, leaf)) for path, leaf in by_path(network).items()}
         optimizer = make_optimizer(OptimizerConfig(), paths)
 
         def first() -> TrainState:
-            networks, optimizers = {"student": build()}, {"student": optimizer}
+            networks, optimizers = {"student": self._network()}, {"student": optimizer}
             return initial_state(networks, objective.roles, optimizers, (), {phase.name: names})
 
         places = state_shardings(jax.eval_shape(first), logical_axes, mesh, _RULES)
@@ -283,6 +312,9 @@ class Workload:
             return update(state, {}, batch, jnp.int32(1))
 
         return Program(step, lambda: (first(), batch()), (places, _places(jax.eval_shape(batch), mesh)), 0)
+
+    def _network(self) -> DiT:
+        return DiT(self.model, rngs=nnx.Rngs(0))
 
     def _conditions(self, frames: int) -> Conditions:
         """Random text and idle actions, as far as the network takes them."""
@@ -308,3 +340,46 @@ def _places(tree: Any, mesh: Mesh) -> Any:
         return ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()
 
     return shardings(tree, axes, mesh, _RULES)
+
+
+def describe(
+    workload: Workload, mesh: Mesh, warmup: int, measured: Percentiles | None, first_frame: float | None
+) -> Record:
+    """Puts a measurement, or what was only lowered, under its conditions.
+
+    Args:
+        workload: What was measured.
+        mesh: Devices that it was measured on.
+        warmup: Ticks or steps before the measurement.
+        measured: Times; None when it was only lowered.
+        first_frame: Milliseconds to the first frame; None for training.
+
+    Returns:
+        The record. The roofline counts bf16 peaks, so there is none in another precision.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    limits = peak(kind) if workload.precision == "bfloat16" else None
+    flops_total, stream = workload.counted.total, workload.bench == "stream"
+    roofline = None
+    if limits is not None:
+        seconds = flops.roofline_seconds(flops_total, workload.moved if stream else 0.0, limits)
+        roofline = 1e3 * seconds / mesh.size
+    return Record(
+        bench=workload.bench,
+        device=kind if mesh.size == 1 else f"{kind} x{mesh.size}",
+        preset=workload.name,
+        resolution=workload.resolution,
+        batch=workload.rows,
+        window=workload.seen,
+        steps=workload.kind,
+        precision=workload.precision,
+        backend=workload.backend,
+        decoder=workload.decoder,
+        warmup=warmup,
+        time=measured,
+        frames=workload.pixel_frames,
+        flops=flops_total,
+        roofline=roofline,
+        first_frame=first_frame,
+        software=f"jax {jax.__version__}",
+    )

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - opened
     compiled = sum(engine.timing.compile.values())
     print(
-        f"{options.output}: {count} frames, {count / seconds:.1f} frames/s, first frame after {first_frame * 1000:.0f} ms "
+        f"{options.output}: {count} frames, {count / seconds:.1f} frames/s, first after {first_frame * 1000:.0f} ms "
         f"(compiling took {compiled:.1f} s before that)"
     )
     return 0

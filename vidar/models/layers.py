@@ -33,8 +33,8 @@ class Precision:
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Product over the last axis; leading axes are flattened where nothing is sharded.
 
-    XLA's CPU backend is about three times slower on the kernel's gradient with several leading axes; over sharded axes a
-    flattened one could not be expressed.
+    XLA's CPU backend is about three times slower on the kernel's gradient with several leading axes; over sharded axes
+    a flattened one could not be expressed.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if x.ndim <= 2 or not (mesh.empty or mesh.size == 1):

@@ -72,6 +72,8 @@ class SelfForcing:
         self, phase: str, networks: Networks, aux: Aux, axes: Axes, batch: Batch, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, tuple[Metrics, Aux]]:
         """The student's DMD loss, or the critic's denoising loss on a fresh rollout."""
+        # Student and critic of one step learn from rollouts of their own.
+        key = jax.random.fold_in(key, int(phase == "critic"))
         keys = targets.clip_keys(key, batch.index)
         # One exit row for all chunks and all devices: folded before anything that depends on the clip.
         exit_row = jax.random.randint(jax.random.fold_in(key, 2**31 - 1), (), 0, axes.sampler.solver.steps)
