@@ -188,10 +188,7 @@ def test_outputs_depend_on_what_the_pattern_reaches_in_as_many_layers(name):
     """Catches every leak: exactly no gradient outside the closure, some gradient everywhere inside."""
     visibility, layouts, levels = DEPENDENCIES[name]
     found = dependency(visibility, layouts, levels)
-    if levels is None:
-        mask = Pattern(visibility, layouts).mask()
-    else:
-        mask = table(RANGED_TABLE)
+    mask = Pattern(visibility, layouts).mask() if levels is None else table(RANGED_TABLE)
     reached = np.linalg.matrix_power(mask.astype(int), CONFIG.layers) > 0
     np.testing.assert_array_equal(found > 0, reached)
     assert found[reached].min() > 1e-9

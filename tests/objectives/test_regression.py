@@ -139,6 +139,13 @@ def test_context_noise_is_small_and_carries_no_loss():
     assert np.abs(np.corrcoef(noise.ravel(), noise_of(noisy, data.latents).ravel())[0, 1]) < 0.05
 
 
+def test_context_noise_leaves_the_sink_alone():
+    data, axis = batch(), axes(TeacherForcing() & Window(3, 1), window=3, sink=1)
+    _, _, (clean, _), _ = observe(teacher_forcing.TeacherForcing(context_noise=0.2), axis, data)
+    np.testing.assert_array_equal(clean.latents[:, :1], data.latents[:, :1])
+    np.testing.assert_array_equal(np.asarray(clean.level) > 0, [[False, True, True, True]] * 2)
+
+
 CASES = {
     "chunks": (dict(chunk=2), 0.0),
     "first frame, noised context": (dict(chunk=3, first=True), 0.3),

@@ -29,9 +29,14 @@ OBJECTIVE = SelfForcing(guidance=classifier_free(4.0, ("text",)), given=1)
 NETWORKS = {name: network(TEXT, seed) for seed, name in enumerate(("student", "critic", "teacher"))}
 
 
-def session_keys(data):
-    """The rollout's keys, as `loss` derives them."""
-    return targets.fold_each(targets.clip_keys(KEY, data.index), 0)
+def clip_keys(data, phase="student"):
+    """The keys of a phase's clips, as `loss` derives them: student and critic learn from rollouts of their own."""
+    return targets.clip_keys(jax.random.fold_in(KEY, int(phase == "critic")), data.index)
+
+
+def session_keys(data, phase="student"):
+    """The rollout's keys."""
+    return targets.fold_each(clip_keys(data, phase), 0)
 
 
 @functools.cache
@@ -46,8 +51,8 @@ def gradients(phase, given=1):
     return quick_jit(jax.value_and_grad(loss, has_aux=True))(NETWORKS)
 
 
-def rollout(student, data, exit_row, objective=OBJECTIVE):
-    return objective.rollout(student, data, AXES, session_keys(data), exit_row)
+def rollout(student, data, exit_row, objective=OBJECTIVE, phase="student"):
+    return objective.rollout(student, data, AXES, session_keys(data, phase), exit_row)
 
 
 def assert_trees_close(ours, theirs, tolerance=1e-4):
@@ -265,8 +270,8 @@ def compared(phase):
 
     @quick_jit
     def run(exit_row):
-        keys = targets.clip_keys(KEY, data.index)
-        video = rollout(NETWORKS["student"], data, exit_row)
+        keys = clip_keys(data, phase)
+        video = rollout(NETWORKS["student"], data, exit_row, phase=phase)
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(targets.fold_each(keys, 1))
         level = jnp.clip(5 * uniform / (1 + 4 * uniform), 0.02, 0.98)
         noise = targets.clip_noise(targets.fold_each(keys, 2), video.shape[1:])

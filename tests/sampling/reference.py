@@ -24,10 +24,11 @@ def generate(plan, model, key_b, conditions, frames: int, given=None) -> jax.Arr
     """What `plan.generate` must give, from `staircase`, the solver and the visibility alone.
 
     A finished chunk stays in the sequence as it was committed: clean or noised at the commit's level, or as it was
-    before its last step.
+    before its last step. Given frames are never noised.
     """
     steps = plan.solver.steps
     lag = steps if plan.lag is None else plan.lag
+    data = 0 if given is None else given.shape[1]
     if given is None and plan.first and lag:
         alone = replace(plan, chunk=1, first=False, lag=None)
         given = generate(alone, model, key_b, conditions.frames(0, 1), 1)
@@ -40,15 +41,21 @@ def generate(plan, model, key_b, conditions, frames: int, given=None) -> jax.Arr
     before, after = (
         np.pad(rows, ((0, 0), (done, 0)), constant_values=steps)[:, chunk_of] for rows in (table.before, table.after)
     )
-    level, last_step = plan.commit.level, plan.commit.kind == "last_step"
-    if last_step:
-        level = float(plan.solver.levels[-2])
-    time = 1000.0 * level if plan.commit.time is None else plan.commit.time
-    committed = (jnp.float32(level), jnp.float32(time), jnp.float32(plan.commit.noise), jnp.asarray(last_step))
-    axes, previous = (plan.visibility, layout, plan.solver, plan.guidance), x
+    committed, previous = _committed(plan, np.arange(frames) < data), x
+    axes = (plan.visibility, layout, plan.solver, plan.guidance)
     for row in zip(jnp.asarray(before), jnp.asarray(after), strict=True):
         x, previous = _iteration(axes, model, key_b, conditions, x, previous, *row, committed)
     return x
+
+
+def _committed(plan, given_f):
+    """Level, time and share of real noise of each frame as it was committed, and whether its last step serves."""
+    commit, last_step = plan.commit, plan.commit.kind == "last_step"
+    level = np.where(given_f & commit.noise, 0.0, float(plan.solver.levels[-2]) if last_step else commit.level)
+    level = np.where(given_f & last_step, 0.0, level)
+    time = 1000.0 * level if commit.time is None else np.full(level.shape, commit.time)
+    noised = commit.noise * ~given_f
+    return *(jnp.asarray(value, jnp.float32) for value in (level, time, noised)), jnp.asarray(last_step & ~given_f)
 
 
 def _noise(key_b, purpose, step_f, latent):
@@ -68,9 +75,8 @@ def _iteration(axes, model, key_b, conditions, x, previous, before_f, after_f, c
 
     finished = before_f == solver.steps
     noise = _noise(key_b, Purpose.CONTEXT, jnp.zeros_like(before_f), tuple(latent))
-    context = jnp.where(
-        last_step, previous, flow.interpolate(x, noise, spread(level * noised * finished.astype(jnp.float32)))
-    )
+    noised_x = flow.interpolate(x, noise, spread(level * noised * finished.astype(jnp.float32)))
+    context = jnp.where(last_step[None, :, None, None, None], previous, noised_x)
     own = spread(jnp.where(finished, level, table[before_f]))
     told = spread(jnp.where(finished, time, 1000.0 * table[before_f]))
     seen = Frames(jnp.where(finished[None, :, None, None, None], context, x), own, layout, told)

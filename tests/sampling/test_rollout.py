@@ -46,6 +46,8 @@ PLANS = {
     "first image": (dict(frames=7, chunk=3, first=True, commit="fused"), 1),
     "continuation": (dict(chunk=2, window=6, sink=2), 4),
     "continuation, lag 1": (dict(frames=7, window=4, sink=1, lag=1), 3),
+    "continuation, last step": (dict(frames=5, commit="last_step"), 2),
+    "continuation, noised context": (dict(frames=5, commit=Commit("extra_pass", 0.2, noise=True)), 2),
     "noised context": (dict(commit=Commit("extra_pass", 0.2, noise=True)), 0),
     "noised context, fused": (dict(commit=Commit("fused", 0.2, noise=True)), 0),
     "tagged context": (dict(commit=Commit("extra_pass", 0.0, time=-1.0)), 0),

@@ -8,7 +8,7 @@ heads on the way in and back on the way out (DeepSpeed Ulysses, arXiv 2309.14509
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +113,7 @@ def segments(mask: np.ndarray) -> tuple[Segment, ...]:
 Dense = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, bool], Any]
 
 
-def dense_call(implementation: str) -> Dense:
+def dense_call(implementation: Any) -> Dense:
     """A maskless attention call through `jax.nn.dot_product_attention`.
 
     Args:
@@ -123,10 +123,10 @@ def dense_call(implementation: str) -> Dense:
         Function (q, k, v, key length [b] or None, residual) → output, or (output, log-sum-exp [b, t, n]).
     """
 
-    def call(query: jax.Array, key: jax.Array, value: jax.Array, length: jax.Array | None, residual: bool) -> Any:
+    def call(query: jax.Array, key: jax.Array, value: jax.Array, length: jax.Array | None, residual: Any) -> Any:
         return jax.nn.dot_product_attention(
             query, key, value, key_value_seq_lengths=length, implementation=implementation, return_residual=residual
-        )  # pyright: ignore[reportCallIssue]
+        )
 
     return call
 
@@ -183,7 +183,7 @@ def merged(dense: Dense, query: jax.Array, parts: tuple[Keys, ...]) -> jax.Array
         jnp.where(weight[..., None] > 0, output.astype(jnp.float32), 0.0) * weight[..., None]
         for weight, output in zip(weights, outputs, strict=True)
     ]
-    return sum(terms[1:], terms[0]).astype(query.dtype)
+    return reduce(jnp.add, terms).astype(query.dtype)
 
 
 def _one_call(dense: Dense, query: jax.Array, parts: tuple[Keys, ...]) -> jax.Array:

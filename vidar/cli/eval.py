@@ -87,7 +87,8 @@ def _turning(options: argparse.Namespace) -> int:
         }
         print(
             f"{name:28s} right sign {result.share:.1%} [{result.low:.1%}, {result.high:.1%}]  flow left "
-            f"{result.flow_left.mean():+.2f} right {result.flow_right.mean():+.2f} px/frame  shuffled {control.share:.1%}"
+            f"{result.flow_left.mean():+.2f} right {result.flow_right.mean():+.2f} px/frame  "
+            f"shuffled {control.share:.1%}"
         )
         rows = {}
         for row in range(4):

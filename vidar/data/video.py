@@ -222,7 +222,7 @@ def _decode(file: str | io.BytesIO, where: str) -> np.ndarray:
     import av
 
     try:
-        with av.open(file) as container:
+        with av.open(file, "r") as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.FFmpegError, IndexError) as error:
         raise DataError(f"{where}: not a video that can be decoded ({error})") from error

@@ -84,7 +84,7 @@ class SelfForcing:
             student = jax.lax.stop_gradient(networks["student"])
             video = jax.lax.stop_gradient(self.rollout(student, batch, axes, targets.fold_each(keys, 0), exit_row))
             loss, metrics = self._denoising(networks["critic"], video, batch.conditions, keys, axes)
-        return loss, (metrics | {"exit_row": exit_row.astype(jnp.float32)}, aux)
+        return loss, ({**metrics, "exit_row": exit_row.astype(jnp.float32)}, aux)
 
     def rollout(self, student: Any, batch: Batch, axes: Axes, key_b: jax.Array, exit_row: jax.Array) -> jax.Array:
         """Generates each clip through the cache; given chunks come from the batch.

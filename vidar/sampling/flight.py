@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidar.attention.cache import ConditionCache, ContextCache, write
+from vidar.attention.cache import ConditionCache, write
 from vidar.attention.visibility import Layout, chunk_layout
 from vidar.diffusion import flow
 from vidar.diffusion.plan import Commit, RowGroup

@@ -4,6 +4,7 @@ Branches are folded into the batch, branch-major, and each keeps its own caches.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -77,4 +78,4 @@ def combine(predictions: jax.Array, guidance: Guidance) -> jax.Array:
         return predictions
     split = predictions.reshape(len(guidance), -1, *predictions.shape[1:])
     terms = [branch.coefficient * part for branch, part in zip(guidance, split, strict=True)]
-    return sum(terms[1:], terms[0])
+    return reduce(jnp.add, terms)
