@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.networks import CONFIG, LATENT, clip, network, sampler
+from tests.networks import CONFIG, clip, network, quick_jit, sampler
 from vidar.attention.visibility import ChunkCausal, TeacherForcing
 from vidar.diffusion.levels import Independent, LevelsConfig
 from vidar.models.dit import TextConfig, logical_axes
@@ -20,7 +20,10 @@ from vidar.sharding import MeshConfig, Rules, make_mesh, shardings
 ROWS = 4
 MODEL = replace(CONFIG, heads=4, layers=2, text=TextConfig(8, 6))
 PLAN = sampler(frames=4, chunk=2, window=4, solver=FewStep((1000.0, 500.0)))
-STREAM = replace(PLAN, chunk=1, context=replace(PLAN.context, window=3))
+STREAMS = {
+    "tick": replace(PLAN, chunk=1, context=replace(PLAN.context, window=3)),
+    "pipelined tick": replace(PLAN, chunk=1, lag=1, context=replace(PLAN.context, window=3)),
+}
 AXES = Axes(LevelsConfig(base=Independent()), ChunkCausal(), PLAN, drop=0.3)
 LOSSES = {
     "teacher_forcing": (teacher_forcing.TeacherForcing(0.1), replace(AXES, visibility=TeacherForcing())),
@@ -45,21 +48,22 @@ def loss_and_gradient(name, models, batch):
         key = jax.random.key(5)
         return objective.loss("student", networks, (), axes, batch, jnp.int32(3), key)[0]
 
-    return jax.jit(jax.value_and_grad(loss))(models["student"], batch)
+    return quick_jit(jax.value_and_grad(loss))(models["student"], batch)
 
 
-def ticks(models, batch):
-    """Four ticks of a stream whose ring wraps: emitted latents, and the cache after them."""
+def ticks(sampler, models, batch):
+    """Four ticks of a stream whose ring wraps, one session a tick behind: emitted latents, and the cache after them."""
 
-    @jax.jit
+    @quick_jit
     def tick(model, state, conditions):
-        state, chunk = STREAM.tick(model, state, conditions)
+        state, chunk = sampler.tick(model, state, conditions)
         return state, chunk.latents
 
-    conditions = STREAM.encode(models["student"], batch.conditions)
-    state = STREAM.init(models["student"], session_keys(3, ROWS), actions=conditions.actions)
+    conditions = sampler.encode(models["student"], batch.conditions)
+    state = sampler.init(models["student"], session_keys(3, ROWS), actions=conditions.actions)
     emitted = []
     for frame in range(4):
+        state = replace(state, active=jnp.arange(ROWS) != 1 if frame == 0 else jnp.ones((ROWS,), bool))
         state, latents = tick(models["student"], state, conditions.frames(frame, frame + 1))
         emitted.append(latents)
     return emitted, (state.cache.keys, state.cache.values, state.cache.count)
@@ -67,24 +71,23 @@ def ticks(models, batch):
 
 def computed(name, models, batch):
     """The case's numbers on the host, by path."""
-    result = ticks(models, batch) if name == "tick" else loss_and_gradient(name, models, batch)
+    result = ticks(STREAMS[name], models, batch) if name in STREAMS else loss_and_gradient(name, models, batch)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(result)}
 
 
-def errors(cases, meshes):
+def errors(cases):
     """Compares meshes with one device.
 
     Args:
-        cases: Names of losses, or `tick`.
-        meshes: Sizes of the mesh axes, as keywords of `MeshConfig`.
+        cases: By name of a loss or stream, the meshes: sizes of their axes, as keywords of `MeshConfig`.
 
     Returns:
-        By case and mesh, the largest error of any array: norm of the difference over norm of the expected.
+        By case and mesh, the largest error of any array (norm of the difference over norm of the expected), and its path.
     """
     seeds = {"student": 0, "critic": 1, "teacher": 2}
     models, clips = {role: network(MODEL, seed) for role, seed in seeds.items()}, batch()
     found = {}
-    for name in cases:
+    for name, meshes in cases.items():
         expected = computed(name, models, clips)
         # A parameter that a loss does not use (the vector of dropped actions, in a rollout) has no gradient anywhere.
         used = {path for path, value in expected.items() if np.any(value)}
@@ -103,6 +106,3 @@ def errors(cases, meshes):
             label = " ".join(f"{axis}={size}" for axis, size in sizes.items())
             found[f"{name} on {label}"] = (float(wrong[worst]), worst)
     return found
-
-
-assert LATENT[0] * LATENT[1] // CONFIG.patch**2 % 2 == 0  # tokens of a frame split over `sequence`

@@ -124,9 +124,11 @@ def dense_call(implementation: Any) -> Dense:
     """
 
     def call(query: jax.Array, key: jax.Array, value: jax.Array, length: jax.Array | None, residual: Any) -> Any:
-        return jax.nn.dot_product_attention(
-            query, key, value, key_value_seq_lengths=length, implementation=implementation, return_residual=residual
-        )
+        # jax's own function relies on implicit promotion, which a strict caller forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                query, key, value, key_value_seq_lengths=length, implementation=implementation, return_residual=residual
+            )
 
     return call
 

@@ -188,13 +188,15 @@ def _dense(
     b, t, n, d = query.shape
     s = key.shape[1]
     queries, keys = _padded(t), _padded(s)
-    length = jnp.full((b,), s, jnp.int32) if length is None else length
     mask = splash_attention_mask.FullMask((queries, keys))
     kernel = _kernel(mask, n, queries, keys, residual, interpret)
-    ids = splash_attention_kernel.SegmentIds(
-        q=jnp.zeros((b, queries), jnp.int32),
-        kv=(jnp.arange(keys, dtype=jnp.int32)[None, :] >= length[:, None]).astype(jnp.int32),
-    )
+    ids = None
+    if length is not None or keys > s:
+        length = jnp.full((b,), s, jnp.int32) if length is None else length
+        ids = splash_attention_kernel.SegmentIds(
+            q=jnp.zeros((b, queries), jnp.int32),
+            kv=(jnp.arange(keys, dtype=jnp.int32)[None, :] >= length[:, None]).astype(jnp.int32),
+        )
     scaled = query * np.float32(d**-0.5).astype(query.dtype)
     result = jax.vmap(kernel)(_prepare(scaled, queries), _prepare(key, keys), _prepare(value, keys), ids)
     output = result[0] if residual else result

@@ -24,8 +24,7 @@ def intervals(dispatch: Callable[[], Any], finish: Callable[[Any], Any], count: 
     Raises:
         ConfigError: There is nothing to measure, or no warm-up.
     """
-    if count < 1 or warmup < 1:
-        raise ConfigError(f"{count} measured and {warmup} warm-up ticks or steps: both must be at least 1")
+    check_counts(count, warmup)
     running: deque[Any] = deque([dispatch()])
     completed = []
     for _ in range(warmup + count):
@@ -35,3 +34,9 @@ def intervals(dispatch: Callable[[], Any], finish: Callable[[Any], Any], count: 
     finish(running.popleft())
     times = completed[warmup - 1 :]
     return [after - before for before, after in itertools.pairwise(times)]
+
+
+def check_counts(count: int, warmup: int) -> None:
+    """Raises ConfigError where there is nothing to measure, or no warm-up; call it before anything is compiled."""
+    if count < 1 or warmup < 1:
+        raise ConfigError(f"{count} measured and {warmup} warm-up ticks or steps: both must be at least 1")

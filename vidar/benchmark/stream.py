@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vidar.benchmark.clock import intervals
+from vidar.benchmark.clock import check_counts, intervals
 from vidar.benchmark.report import Record, percentiles
 from vidar.benchmark.workload import Workload, describe
 
@@ -33,6 +33,7 @@ def measure(workload: Workload, mesh: Mesh, ticks: int, warmup: int | None = Non
         ConfigError: The workload does not fit the mesh, or there is nothing to measure.
     """
     warmup = max(3, workload.seen // workload.preset.chunk) if warmup is None else warmup
+    check_counts(ticks, warmup)
     stream = _Stream(workload, mesh)
     times = intervals(stream.dispatch, stream.finish, ticks, warmup)
     # Again from the start, with everything compiled and warm.

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from vidar.benchmark.clock import intervals
+from vidar.benchmark.clock import check_counts, intervals
 from vidar.benchmark.report import Record, percentiles
 from vidar.benchmark.workload import Workload, describe
 
@@ -30,6 +30,7 @@ def measure(workload: Workload, mesh: Mesh, steps: int, warmup: int | None = Non
         ConfigError: The workload does not fit the mesh, or there is nothing to measure.
     """
     warmup = 3 if warmup is None else warmup
+    check_counts(steps, warmup)
     program = workload.program(mesh)
     state, batch = program.arguments(mesh)
     update = program.lower(mesh).compile()

@@ -118,10 +118,10 @@ class Workload:
             raise ConfigError(
                 f"commit=fused needs a mask, which backend={self.backend} does not lower: use backend=xla"
             )
-        ContextConfig(self.seen).check(self.preset.chunk)
-        self.model.tokens(*self.latent[:2])
         if self.clip % self.preset.chunk:
             raise ConfigError(f"clips of {self.clip} frames are not whole chunks of {self.preset.chunk}")
+        ContextConfig(self.seen).check(self.preset.chunk)
+        self.model.tokens(*self.latent[:2])
         if self.codec and self.bench == "train":
             raise ConfigError("a training step decodes nothing: leave the decoder out")
 

@@ -157,5 +157,5 @@ def _print_compiled(compiled: Any, where: str) -> None:
         f"{where}: fits, compiled in {compiled.seconds:.0f} s; {memory.total / gib:.2f} GiB a chip: "
         f"arguments {memory.arguments / gib:.2f}, temporaries {memory.temporary / gib:.2f}, "
         f"outputs {memory.outputs / gib:.2f} of which {memory.aliased / gib:.2f} in place "
-        f"(cache {compiled.cache / gib:.2f}); {compiled.kernels} TPU kernels; {exchanges}"
+        f"(cache {compiled.cache / gib:.2f}); {sum(compiled.kernels.values())} TPU kernels; {exchanges}"
     )

@@ -19,6 +19,7 @@ from vidar.attention.cache import ConditionCache, ContextCache, key_parts, slot_
 from vidar.attention.kernels import Pattern
 from vidar.attention.rope import RopeConfig
 from vidar.attention.visibility import Tokens, Visibility, frame_mask
+from vidar.diffusion import flow
 from vidar.errors import ConfigError
 from vidar.models.frames import Conditions, Frames
 from vidar.models.layers import (
@@ -95,8 +96,15 @@ class DiTConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ConfigError(f"model.width={self.width} must be a multiple of model.heads={self.heads}")
-        if self.modulation not in MODULATIONS:
-            raise ConfigError(f"model.modulation={self.modulation!r} is unknown: use one of {', '.join(MODULATIONS)}")
+        choices = {
+            "modulation": tuple(MODULATIONS),
+            "qk_norm": ("width", "head", "none"),
+            "prediction": flow.KINDS,
+            "backend": kernels.BACKENDS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"model.{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
         self.rope.axes(self.head_dim)
 
     @property
@@ -398,6 +406,8 @@ _KERNELS = {
     "time.inner": (None, "embed"),
     "time.outer": ("embed", None),
     "time_projection": ("embed", None),
+    "actions.inner": (None, "embed"),
+    "actions.outer": (None, "embed"),
     "text_inner": (None, "embed"),
     "text_outer": ("embed", None),
     "query": ("embed", "heads"),

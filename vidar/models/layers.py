@@ -265,8 +265,6 @@ class Projections(nnx.Module):
         self.value = Linear(width, width, rngs=rngs, dtype=dtype)
         self.output = Linear(width, width, rngs=rngs, dtype=dtype)
         self.whole = qk_norm == "width"
-        if qk_norm not in ("width", "head", "none"):
-            raise ConfigError(f"qk_norm={qk_norm!r} is unknown: use 'width' (Wan), 'head' or 'none'")
         channels = width if self.whole else width // heads
         self.query_norm = RMSNorm(channels, dtype=dtype) if qk_norm != "none" else None
         self.key_norm = RMSNorm(channels, dtype=dtype) if qk_norm != "none" else None

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 
 class Purpose(IntEnum):
@@ -45,6 +45,6 @@ def frame_noise(
     return jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)), in_axes=(0, 0, None))(key_b, frame_bf, step_f)
 
 
-def session_keys(seed: int, rows: int) -> Key[Array, " b"]:
+def session_keys(seed: int | UInt32[Array, ""], rows: int) -> Key[Array, " b"]:
     """Keys `[b]` of `rows` sessions that share nothing: seed, seed + 1, ..."""
-    return jax.vmap(jax.random.key)(jnp.arange(seed, seed + rows, dtype=jnp.uint32))
+    return jax.vmap(jax.random.key)(jnp.uint32(seed) + jnp.arange(rows, dtype=jnp.uint32))

@@ -61,8 +61,8 @@ class Engine:
         """
         if not sampler.program.lag:
             raise ConfigError("a stream needs a plan with lag > 0; lag=0 generates whole clips")
-        if model.config.text is not None and text is None:
-            raise ConfigError("model.text is set: give text states to stream")
+        if (model.config.text is None) != (text is None) or (text is not None and len(text) != rows):
+            raise ConfigError(f"give text states [{rows}, s, c] to stream exactly where model.text is set")
         if sampler.context.window is None:
             raise ConfigError("an endless stream needs a window: set context.window (append holds one clip only)")
         self.sampler = sampler
@@ -75,8 +75,8 @@ class Engine:
         mesh = jax.sharding.get_mesh()
         self._place = partial(jax.device_put, device=None if mesh.empty else NamedSharding(mesh, PartitionSpec()))
         self._compiled: dict[Any, Any] = {}
-        self._state: State = self._fresh(0)
-        self._codec_state = codec.init_state(rows)
+        self._begin = jax.jit(self._first_state)
+        self._state, self._codec_state = self._fresh(0)
         if compile_now:
             self.warm_up()
 
@@ -98,17 +98,15 @@ class Engine:
         Raises:
             ConfigError: The frames are not whole chunks, or have the wrong size.
         """
-        self._state = self._fresh(seed)
-        self._codec_state = self.codec.init_state(self.rows)
+        self._state, self._codec_state = self._fresh(seed)
         if given is None:
             if self.sampler.first:
                 raise ConfigError("independent_first_frame: give the first frame of the stream")
             return None
-        height, width = self.codec.latent_size(*given.shape[2:4])
-        if given.shape[0] != self.rows or (height, width) != self.sampler.latent[:2]:
+        height, width = (size * self.codec.patch for size in self.sampler.latent[:2])
+        if given.ndim != 5 or (given.shape[0], *given.shape[2:]) != (self.rows, height, width, 3):
             raise ConfigError(
-                f"given frames {tuple(given.shape)} should be [{self.rows}, frames, ...] of "
-                f"{self.sampler.latent[0]}×{self.sampler.latent[1]} latents"
+                f"given frames {tuple(given.shape)} should be [{self.rows}, frames, {height}, {width}, 3] pixels"
             )
         pixels = self._place(np.asarray(given))
         conditions = Conditions(actions=self._actions(actions, given.shape[1]), text=self._text)
@@ -175,7 +173,7 @@ class Engine:
         template = replace(self._state, key=jax.random.key_data(self._state.key))
         leaves, tree = jax.tree.flatten(template)
         given = snapshot["state"]
-        if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in given]:
+        if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in given]:
             raise ConfigError("the snapshot was made with another model, window or number of sessions")
         state = jax.tree.unflatten(tree, [self._place(leaf) for leaf in given])
         self._state = replace(state, key=jax.random.wrap_key_data(state.key))
@@ -196,7 +194,7 @@ class Engine:
         self.open(given=np.zeros((self.rows, count, height, width, 3), np.uint8))
         self.tick()
         self.block()
-        self._state = self._fresh(0)
+        self._state, self._codec_state = self._fresh(0)
         self.timing.warm_up = time.perf_counter() - start - (sum(self.timing.compile.values()) - compiled)
 
     def lower(self) -> Any:
@@ -236,16 +234,15 @@ class Engine:
             "prefill": jax.jit(prefill, donate_argnums=1),
         }[name]
 
-    def _fresh(self, seed: int) -> State:
-        if "fresh" not in self.__dict__:
-            sampler, model = self.sampler, self._model
-            template = self._idle(self.sampler.chunk)
+    def _fresh(self, seed: int) -> tuple[State, Any]:
+        """State of all sessions and of the codec before the first frame."""
+        return self._begin(self._place(np.uint32(seed % 2**32)))
 
-            def fresh(key_b: jax.Array) -> State:
-                return sampler.init(model, key_b, actions=None if template is None else jnp.asarray(template))
-
-            self.__dict__["fresh"] = jax.jit(fresh)
-        return self.__dict__["fresh"](session_keys(seed, self.rows))
+    def _first_state(self, seed: jax.Array) -> tuple[State, Any]:
+        idle = self._idle(self.sampler.chunk)
+        actions = None if idle is None else jnp.asarray(idle)
+        state = self.sampler.init(self._model, session_keys(seed, self.rows), actions=actions)
+        return state, self.codec.init_state(self.rows)
 
     def _idle(self, frames: int) -> np.ndarray | None:
         """No action, for `frames` frames of every session."""
@@ -260,10 +257,16 @@ class Engine:
     def _actions(self, actions: Any, frames: int) -> Any:
         idle = self._idle(frames)
         if idle is None:
+            if actions is not None:
+                raise ConfigError("actions were given, but the network takes none (model.actions is not set)")
             return None
         if actions is None:
             return self._place(idle)
         array = np.asarray(actions, idle.dtype)
-        if array.ndim == idle.ndim and array.shape != idle.shape:
+        # A trailing shape, such as one value for all, is repeated; nothing is stretched.
+        if array.shape != idle.shape[idle.ndim - array.ndim :]:
             raise ConfigError(f"actions {array.shape} should be {idle.shape}")
+        kind = self._model.config.actions
+        if isinstance(kind, DiscreteActions) and not np.all((array >= 0) & (array < kind.count)):
+            raise ConfigError(f"actions {array.tolist()} should be in 0 … {kind.count - 1}")
         return self._place(np.ascontiguousarray(np.broadcast_to(array, idle.shape)))
