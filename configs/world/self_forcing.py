@@ -3,7 +3,7 @@
 Paper: Self Forcing (arXiv 2506.08009); updates and averages as there: a student update every fifth step.
 Data: `vidar data world --directory data/world --frames 8`
 Command: `vidar train --config configs/world/self_forcing.py --workdir runs/world_self_forcing`
-    (after the cards teacher_forcing.py and teacher.py)
+    (after the cards teacher_forcing.py, long.py and teacher.py)
 Hardware: 2 CPU cores.
 Metric: identity, colour and position over 16 times the training length (`vidar quickstart`).
 """
@@ -16,12 +16,12 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.objective = {
         "kind": "self_forcing",
-        "student": "runs/world_student",
+        "student": "runs/world_long",
         "teacher": "runs/world_teacher",
         "given": 1,
         "shift": 3.0,
         "ema": 0.95,
-        "ema_start": 25,
+        "ema_start": 10,
     }
     config.video = {"height": 16, "width": 16, "frames": 8, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.75, "deviation": 0.35}
@@ -45,5 +45,5 @@ def get_config() -> ConfigDict:
         "student": optimizer | {"learning_rate": 5e-5},
         "critic": optimizer | {"learning_rate": 2e-4},
     }
-    config.training = {"steps": 250, "log_every": 10, "save_every": 50, "eval_every": 125, "sample_every": 125}
+    config.training = {"steps": 150, "log_every": 10, "save_every": 50, "eval_every": 150, "sample_every": 150}
     return config

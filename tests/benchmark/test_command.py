@@ -22,7 +22,7 @@ def test_measuring_prints_a_table_and_json_and_merges_the_record(tmp_path, capsy
 
 
 def test_lower_only_says_flops_bytes_and_rooflines(capsys):
-    assert main("bench stream --preset wan_1_3b --window 12 --lower-only".split()) == 0
+    assert main(["bench", "stream", "--preset", "wan_1_3b", "--window", "12", "--lower-only"]) == 0
     out = capsys.readouterr().out
     assert "141.5 TFLOP a tick" in out
     assert "87.5 GB" in out

@@ -82,7 +82,8 @@ def errors(cases):
         cases: By name of a loss or stream, the meshes: sizes of their axes, as keywords of `MeshConfig`.
 
     Returns:
-        By case and mesh, the largest error of any array (norm of the difference over norm of the expected), and its path.
+        By case and mesh, the largest error of any array, as norm of the difference over norm of the expected, and its
+        path.
     """
     seeds = {"student": 0, "critic": 1, "teacher": 2}
     models, clips = {role: network(MODEL, seed) for role, seed in seeds.items()}, batch()

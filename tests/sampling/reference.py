@@ -34,7 +34,7 @@ def generate(plan, model, key_b, conditions, frames: int, given=None) -> jax.Arr
         given = generate(alone, model, key_b, conditions.frames(0, 1), 1)
     layout = chunk_layout(frames, plan.chunk, independent_first_frame=plan.first)
     chunk_of = np.asarray(layout.chunks)
-    x, done = _noise(key_b, Purpose.INITIAL, np.zeros(frames, np.int32), plan.latent), 0
+    x, done = _initial(key_b, Purpose.INITIAL, jnp.zeros((frames,), jnp.int32), plan.latent), 0
     if given is not None:
         x, done = x.at[:, : given.shape[1]].set(given), chunk_of[given.shape[1] - 1] + 1
     table = staircase(int(chunk_of[-1] + 1 - done), steps, lag)
@@ -60,7 +60,10 @@ def _committed(plan, given_f):
 
 def _noise(key_b, purpose, step_f, latent):
     frame_bf = jnp.broadcast_to(jnp.arange(len(step_f), dtype=jnp.int32)[None], (key_b.shape[0], len(step_f)))
-    return frame_noise(key_b, purpose, frame_bf, jnp.asarray(step_f), latent)
+    return frame_noise(key_b, purpose, frame_bf, step_f, latent)
+
+
+_initial = quick_jit(_noise, static_argnums=(1, 3))
 
 
 @partial(quick_jit, static_argnums=0)

@@ -17,6 +17,7 @@ from vidar.attention.kernels import Keys
 from vidar.attention.rope import RopeConfig, shift_frames
 from vidar.attention.visibility import CLEAN, Tokens
 from vidar.errors import ConfigError
+from vidar.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def init_cache(
     """
     shape = (layers, rows, geometry.capacity * geometry.tokens, heads, head_dim)
     count = jnp.zeros(() if in_step else (rows,), jnp.int32)
-    return ContextCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), count, geometry)
+    keys, values = (constrain(jnp.zeros(shape, dtype), "layers", "batch", "keys", "attended", None) for _ in range(2))
+    return ContextCache(keys, values, count, geometry)
 
 
 def write(cache: ContextCache, keys: jax.Array, values: jax.Array, active_b: jax.Array | None = None) -> ContextCache:

@@ -7,15 +7,15 @@ models and compares them with the simulated truth.
 import argparse
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 _logger = logging.getLogger("vidar")
 
 CLIPS = 32
-TRAINED = 8
-STREAMED = 136
+SCRATCH_FRAMES = 8
+SHIPPED_FRAMES = 16
+STREAMED = 264
 SHIPPED = "world.safetensors"
 
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     output = options.output.resolve()
     _banner(1, "data: clips of a procedural world")
-    prepare(output / "data", "one_shape", clips=8192, frames=TRAINED)
+    prepare(output / "data", "one_shape", clips=8192, frames=SCRATCH_FRAMES)
     (_remake if options.remake else _tour)(output, options)
     _logger.info("done in %.1f minutes; everything is in %s", (time.perf_counter() - start) / 60, options.output)
     return 0
@@ -66,7 +66,9 @@ def _tour(output: Path, options: argparse.Namespace) -> None:
     few = {"training.steps": 11, "training.log_every": 5, "training.eval_every": 100, "training.sample_every": 100}
     _train("self_forcing", output / "self_forcing", output / "data", **weights, **few)
 
-    _banner(4, f"streaming {STREAMED} frames, {STREAMED // TRAINED} times the training length")
+    _banner(
+        4, f"streaming {STREAMED} frames, {STREAMED / SHIPPED_FRAMES:g} times the training length of the shipped model"
+    )
     truth = held_out(CLIPS, STREAMED)
     videos = {name: _stream(*load(source), truth) for name, source in
               (("from scratch", output / "scratch"), ("shipped", shipped()))}  # fmt: skip
@@ -134,11 +136,8 @@ def _show(output: Path, videos: dict[str, Any], truth: Any) -> None:
 
     rollouts = {"standing still": standing_still(truth), **videos}
     scores = {name: score(video, truth) for name, video in rollouts.items()}
-    spans = {
-        "training length": (1, TRAINED),
-        "to the end": (1, STREAMED),
-        "last quarter": (STREAMED * 3 // 4, STREAMED),
-    }
+    spans = {f"{frames} frames": (1, frames) for frames in (SCRATCH_FRAMES, SHIPPED_FRAMES, STREAMED)}
+    spans["last quarter"] = (STREAMED * 3 // 4, STREAMED)
     table = {
         name: {span: entry.part(*limits).summary() for span, limits in spans.items()} for name, entry in scores.items()
     }
@@ -174,22 +173,28 @@ def _show(output: Path, videos: dict[str, Any], truth: Any) -> None:
 
 def _remake(output: Path, options: argparse.Namespace) -> None:
     """Trains student, teacher and self forcing as their cards say, and writes the two networks into one file."""
+    from vidar.data.world.builder import prepare
     from vidar.evaluation.world import held_out, score
     from vidar.system import load
     from vidar.training.experiment import load_run_config, make_run, system_dict
     from vidar.training.loop import train
     from vidar.weights import save_weights
 
-    for number, card in enumerate(("teacher_forcing", "teacher", "self_forcing"), start=2):
+    prepare(output / "data16", "one_shape", clips=8192, frames=SHIPPED_FRAMES)
+    stages: dict[str, dict[str, Any]] = {
+        "teacher_forcing": {},
+        "long": {"objective.start": str(output / "teacher_forcing"), "data.directory": str(output / "data16")},
+        "teacher": {},
+        "self_forcing": {"objective.student": str(output / "long"), "objective.teacher": str(output / "teacher")},
+    }
+    for number, (card, overrides) in enumerate(stages.items(), start=2):
         _banner(number, f"configs/world/{card}.py (resumes where it stopped)")
-        sources = {"objective.student": str(output / "teacher_forcing"), "objective.teacher": str(output / "teacher")}
-        overrides = sources if card == "self_forcing" else {}
         _continue(card, output / card, output / "data", load_run_config, make_run, train, overrides)
-    _banner(5, "the networks, and what they are worth")
+    _banner(6, "the networks, and what they are worth")
     system, student = load(output / "self_forcing")
     teacher_system, teacher = load(output / "teacher")
     path = output / SHIPPED
-    systems = {"student": system_dict(system.config), "teacher": system_dict(replace(teacher_system.config))}
+    systems = {"student": system_dict(system.config), "teacher": system_dict(teacher_system.config)}
     save_weights(path, {"student": student, "teacher": teacher}, {"systems": systems}, dtype="bfloat16")
     truth = held_out(CLIPS, STREAMED)
     for name, source in (("shipped", shipped()), ("made again", path)):
