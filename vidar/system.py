@@ -271,8 +271,8 @@ def compose(config: SystemConfig) -> System:
         first=video.independent_first_frame,
         cache_dtype=model.precision.compute,
     )
-    _check_plan(config, sampler)
     _check_objective(config, sampler)
+    _check_plan(config, sampler)
     axes = Axes(config.levels, windowed(config.visibility, config.context), sampler, config.drop)
     return System(config, config.objective, axes)
 

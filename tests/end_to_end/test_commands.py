@@ -140,7 +140,8 @@ def test_damaged_checkpoint_falls_back_and_says_so(root, capsys, caplog, tmp_pat
     copy = tmp_path / "run"
     shutil.copytree(root / "run", copy)
     newest = max((copy / "checkpoints").iterdir())
-    victim = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    files = [file for file in newest.rglob("*") if file.is_file() and "ema" in file.parts]
+    victim = max(files, key=lambda file: file.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-7])
     output = tmp_path / "x.mp4"
     with caplog.at_level("WARNING", logger="vidar"):
