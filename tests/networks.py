@@ -49,9 +49,9 @@ def network(config: DiTConfig = CONFIG, seed: int = 0):
 
 def clip(rows: int = 2, frames: int = 8, seed: int = 3):
     """Random clean latents and actions."""
-    latents = jax.random.normal(jax.random.key(seed), (rows, frames, *LATENT))
-    actions = jax.random.randint(jax.random.key(seed + 1), (rows, frames), 0, 5, jnp.int32)
-    return latents, Conditions(actions=actions)
+    rng = np.random.default_rng(seed)
+    latents = jnp.asarray(rng.normal(size=(rows, frames, *LATENT)), jnp.float32)
+    return latents, Conditions(actions=jnp.asarray(rng.integers(0, 5, (rows, frames)), jnp.int32))
 
 
 def pattern(window: int | None = None, sink: int = 0) -> Visibility:

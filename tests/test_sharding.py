@@ -30,7 +30,7 @@ def test_mesh_that_does_not_match_the_devices():
 def test_rules_translate_names():
     rules = Rules()
     assert rules.spec(("batch", "tokens", None)) == P(("data", "fsdp"), "sequence", None)
-    assert rules.spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
+    assert rules.spec(("layers", "embed", "mlp")) == P(None, ("fsdp", "sequence"), "tensor")
     assert Rules(embed=None).spec(("embed", "heads")) == P(None, "tensor")
 
 
@@ -53,14 +53,17 @@ def test_constrain_without_a_mesh_is_the_identity():
 def test_shardings_replicate_what_does_not_divide():
     device = jax.devices()[0]
     mesh = Mesh(np.array([device]).reshape(1, 1, 1, 1), AXES)
-    abstract = jax.sharding.AbstractMesh((1, 4, 1, 2), AXES)
-    tree = {"up": jax.ShapeDtypeStruct((8, 6), jnp.float32), "odd": jax.ShapeDtypeStruct((7, 6), jnp.float32)}
+    abstract = jax.sharding.AbstractMesh((1, 4, 2, 2), AXES)
+    tree = {name: jax.ShapeDtypeStruct((size, 6), jnp.float32) for name, size in dict(up=8, few=12, odd=7).items()}
     placed = shardings(tree, lambda path, leaf: ("embed", "mlp"), abstract)
-    assert placed["up"].spec == P("fsdp", "tensor")
+    assert placed["up"].spec == P(("fsdp", "sequence"), "tensor")
+    assert placed["few"].spec == P("fsdp", "tensor")
     assert placed["odd"].spec == P(None, "tensor")
-    with pytest.raises(ConfigError, match=r"\['odd'\]: 1 logical axes \('embed',\) for shape \(7, 6\)"):
+    with pytest.raises(ConfigError, match=r"\['few'\]: 1 logical axes \('embed',\) for shape \(12, 6\)"):
         shardings(tree, lambda path, leaf: ("embed",), mesh)
-    assert shardings(tree, lambda path, leaf: ("embed", None), mesh)["up"] == NamedSharding(mesh, P("fsdp", None))
+    assert shardings(tree, lambda path, leaf: ("embed", None), mesh)["up"] == NamedSharding(
+        mesh, P(("fsdp", "sequence"), None)
+    )
 
 
 def test_constrain_under_every_kind_of_mesh(run_python):

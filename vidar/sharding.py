@@ -36,7 +36,7 @@ class MeshConfig:
     Attributes:
         data: Copies of the whole model; the batch is split over them.
         fsdp: Shards of the parameters along `embed`; the batch is split over them, too.
-        sequence: Shards of a clip's tokens.
+        sequence: Shards of a clip's tokens, and of the parameters along `embed`.
         tensor: Shards of the heads and of the hidden width.
     """
 
@@ -59,7 +59,7 @@ class Rules:
         batch: Clips or sessions.
         frames: Frames of a clip.
         tokens: Query tokens.
-        embed: Model width of a parameter.
+        embed: Model width of a parameter; over `sequence`, too, whose devices would hold copies otherwise.
         heads: Attention heads.
         mlp: Hidden width.
         layers: Stacked blocks.
@@ -70,7 +70,7 @@ class Rules:
     batch: MeshAxes = ("data", "fsdp")
     frames: MeshAxes = None
     tokens: MeshAxes = "sequence"
-    embed: MeshAxes = "fsdp"
+    embed: MeshAxes = ("fsdp", "sequence")
     heads: MeshAxes = "tensor"
     mlp: MeshAxes = "tensor"
     layers: MeshAxes = None
@@ -209,7 +209,7 @@ def shardings(
 ) -> Any:
     """Derives the placement of parameters from their names.
 
-    A dimension that its mesh axes do not divide is replicated.
+    Of a dimension's mesh axes, those that divide it are used, from the first on; over the others it is replicated.
 
     Args:
         tree: Pytree of arrays or `jax.ShapeDtypeStruct`.
@@ -231,11 +231,7 @@ def shardings(
         if len(axes) != len(shape):
             raise ConfigError(f"{name}: {len(axes)} logical axes {tuple(axes)} for shape {shape}")
         entries = [_keep(entry, mesh.shape) for entry in rules.spec(axes)]
-        divides = [
-            size % math.prod(mesh.shape[axis] for axis in _flat(entry)) == 0
-            for size, entry in zip(shape, entries, strict=True)
-        ]
-        kept = [entry if fits else None for entry, fits in zip(entries, divides, strict=True)]
+        kept = [_dividing(entry, size, mesh.shape) for entry, size in zip(entries, shape, strict=True)]
         return NamedSharding(mesh, PartitionSpec(*kept))
 
     return jax.tree_util.tree_map_with_path(place, tree)
@@ -247,3 +243,11 @@ def _keep(entry: MeshAxes, axes: Any) -> MeshAxes:
     if not kept:
         return None
     return kept[0] if len(kept) == 1 else kept
+
+
+def _dividing(entry: MeshAxes, size: int, axes: Any) -> MeshAxes:
+    """Returns the leading mesh axes of a partition entry that together divide a dimension of `size`."""
+    names = _flat(entry)
+    while size % math.prod(axes[name] for name in names):
+        names = names[:-1]
+    return entry if names == _flat(entry) else _keep(names, axes)

@@ -128,7 +128,16 @@ class ContextFrame(Visibility):
         return (query.frame == 0) | (key.chunk <= query.chunk)
 
 
+@dataclass(frozen=True)
+class LookAhead(Visibility):
+    """One chunk too far."""
+
+    def sees(self, query, key):
+        return key.chunk <= query.chunk + 1
+
+
 LEAKY = {
+    "one chunk ahead": LookAhead(),
     "bidirectional": Bidirectional(),
     "bidirectional in a window": Bidirectional() & Window(4),
     "causal or identity": ChunkCausal() | Identity(),

@@ -128,9 +128,7 @@ def test_commits_drop_conditions_tag_the_time_and_add_noise(drops):
     draw = quick_jit(frame_noise, static_argnums=(1, 4))
     for frame in range(3):
         own, index = conditions.frames(frame, frame + 1), jnp.full((2, 1), frame, jnp.int32)
-        noise, context = (
-            draw(keys(0, 1), use, index, zero, plan.latent) for use in (Purpose.INITIAL, Purpose.CONTEXT)
-        )
+        noise, context = (draw(keys(0, 1), use, index, zero, plan.latent) for use in (Purpose.INITIAL, Purpose.CONTEXT))
         velocity, _ = forward(noise, jnp.float32(1), jnp.float32(1000), jnp.int32(frame), own, cache)
         clean = noise - velocity
         bare = own.drop(drops, jnp.zeros((2,), bool))

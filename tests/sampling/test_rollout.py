@@ -83,7 +83,10 @@ def test_ticks_through_the_cache_equal_the_staircase_over_the_whole_clip(name):
 
 def test_plans_differ():
     """The comparison above would not notice a plan that is ignored."""
-    videos = [video(name)[0] for name in ("chunk after chunk", "lag 1", "lag 0", "ring, fused", "noised and tagged context, fused")]
+    videos = [
+        video(name)[0]
+        for name in ("chunk after chunk", "lag 1", "lag 0", "ring, fused", "noised and tagged context, fused")
+    ]
     for index, one in enumerate(videos):
         for other in videos[:index]:
             assert float(jnp.max(jnp.abs(one[:, -1] - other[:, -1]))) > 1e-2

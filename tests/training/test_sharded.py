@@ -48,9 +48,9 @@ def one_device(tmp_path_factory):
 @pytest.mark.parametrize(
     "devices, mesh, spec",
     [
-        (8, "data=2, fsdp=4", "(None, 'fsdp', 'tensor')"),
-        (8, "sequence=4, tensor=2", "(None, 'fsdp', 'tensor')"),
-        (16, "data=2, fsdp=2, sequence=2, tensor=2", "(None, 'fsdp', 'tensor')"),
+        (8, "data=2, fsdp=4", "(None, ('fsdp', 'sequence'), 'tensor')"),
+        (8, "sequence=4, tensor=2", "(None, ('fsdp', 'sequence'), 'tensor')"),
+        (16, "data=2, fsdp=2, sequence=2, tensor=2", "(None, ('fsdp', 'sequence'), 'tensor')"),
     ],
 )
 def test_a_mesh_computes_what_one_device_does_and_its_checkpoint_moves(
