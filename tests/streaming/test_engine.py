@@ -1,4 +1,6 @@
-"""The engine: one compilation each, no transfers, the cache in place; streams that equal clips; snapshots; bad input."""
+"""The engine: one compilation each, no transfers, the cache in place; streams that equal clips;
+snapshots; bad input.
+"""
 
 import gc
 import logging
