@@ -35,7 +35,7 @@ from vidar.models.layers import (
     TimeEmbedding,
     modulate,
 )
-from vidar.sharding import constrain
+from vidar.sharding import constrain, shardings
 
 
 @dataclass(frozen=True)
@@ -242,21 +242,23 @@ class DiT(nnx.Module):
             ConfigError: The network has no text cross-attention, or the states have the wrong width.
         """
         config = self.config
-        if config.text is None or self.text_inner is None or self.text_outer is None:
+        network = _gathered(self)
+        if config.text is None or network.text_inner is None or network.text_outer is None:
             raise ConfigError("text was given, but model.text is None: set model.text or leave the text out")
         if text_bsc.shape[-1] != config.text.width:
             raise ConfigError(f"text states have {text_bsc.shape[-1]} channels, model.text.width={config.text.width}")
         dtype = jnp.dtype(config.precision.compute)
         if kept_b is not None:
             text_bsc = jnp.where(kept_b[:, None, None], text_bsc, jnp.zeros((), text_bsc.dtype))
-        hidden = jax.nn.gelu(self.text_inner(text_bsc, dtype), approximate=True)
-        states = constrain(self.text_outer(hidden, dtype), "batch", None, None)
+        hidden = jax.nn.gelu(network.text_inner(text_bsc, dtype), approximate=True)
+        states = constrain(network.text_outer(hidden, dtype), "batch", None, None)
 
         def project(block: Block) -> tuple[jax.Array, jax.Array]:
+            block = _gathered(block)
             assert block.text_attention is not None
             return block.text_attention.keys(states, dtype), block.text_attention.values(states, dtype)
 
-        return ConditionCache(*jax.lax.map(project, self.blocks))
+        return ConditionCache(*jax.lax.map(project, network.blocks))
 
     def _embed(self, streams: Sequence[Frames], conditions: Conditions) -> jax.Array:
         """Embedding of time, actions and class, `[b, f, m]` fp32 over all streams."""
@@ -300,16 +302,16 @@ class DiT(nnx.Module):
         Raises:
             ConfigError: Conditions do not match the network, or the back end cannot lower the pattern.
         """
-        config = self.config
+        network, config = _gathered(self), self.config
         dtype = jnp.dtype(config.precision.compute)
         height, width = (size // config.patch for size in streams[0].latents.shape[2:4])
         latents = jnp.concatenate([stream.latents for stream in streams], axis=1)
         patches = rearrange(latents, "b f (h p) (w q) c -> b f (h w) (p q c)", p=config.patch, q=config.patch)
-        x_bfpm = constrain(self.patch(patches, dtype), "batch", "frames", "tokens", None)
-        embedding = constrain(self._embed(streams, conditions), "batch", "frames", None)
+        x_bfpm = constrain(network.patch(patches, dtype), "batch", "frames", "tokens", None)
+        embedding = constrain(network._embed(streams, conditions), "batch", "frames", None)
         shared = embedding
-        if self.time_projection is not None:
-            shared = constrain(self.time_projection(jax.nn.silu(embedding), jnp.float32), "batch", "frames", None)
+        if network.time_projection is not None:
+            shared = constrain(network.time_projection(jax.nn.silu(embedding), jnp.float32), "batch", "frames", None)
             shared = shared.reshape(*embedding.shape[:2], 6, config.width)
         turn = rope.phases(_absolute_frames(streams), height, width, config.head_dim, config.rope)
         pattern = Pattern(visibility, tuple(stream.layout for stream in streams), config.backend)
@@ -320,18 +322,18 @@ class DiT(nnx.Module):
             return kernels.attend(pattern, query, key, value, mask=masks[0], cached=cached)
 
         def block(x_bfpm: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            block, past, text = layer
+            block, past, text = _gathered(layer[0]), *layer[1:]
             attend_text = None if text is None else lambda query: kernels.attend_all(pattern, query, *text)
             x_bfpm, key, value = block(x_bfpm, shared, turn, lambda *qkv: attend(*qkv, past), attend_text, dtype)
             return x_bfpm, (key, value, x_bfpm if taps else None)
 
-        text = self._text(conditions)
+        text = network._text(conditions)
         past = None if cache is None else (cache.keys, cache.values)
-        layers = (self.blocks, past, None if text is None else (text.keys, text.values))
+        layers = (network.blocks, past, None if text is None else (text.keys, text.values))
         x_bfpm, (keys, values, features) = jax.lax.scan(
             jax.checkpoint(block) if config.remat else block, x_bfpm, layers
         )
-        predictions = self._predict(x_bfpm, embedding, [s.layout.frames for s in streams], (height, width), dtype)
+        predictions = network._predict(x_bfpm, embedding, [s.layout.frames for s in streams], (height, width), dtype)
         return Output(predictions, keys, values, tuple(features[tap] for tap in taps))
 
     def _text(self, conditions: Conditions) -> ConditionCache | None:
@@ -420,6 +422,23 @@ _KERNELS = {
     "head": ("embed", None),
 }
 _BIASES = {"query": ("heads",), "key": ("heads",), "value": ("heads",), "up": ("mlp",)}
+
+
+def _gathered(part: Any) -> Any:
+    """Parameters gathered along `embed`, as products want them; stacked blocks wait until they are sliced.
+
+    Left to itself, the partitioner may split a product over mesh axes on which its rows lie already; where all four
+    axes are 2, XLA then computes wrong gradients (jax 0.10.2).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return part
+
+    def axes(path: str, leaf: Any) -> tuple[str | None, ...]:
+        names = logical_axes(path, leaf)
+        return names if "layers" in names else tuple(None if name == "embed" else name for name in names)
+
+    return jax.lax.with_sharding_constraint(part, shardings(part, axes, mesh))
 
 
 def logical_axes(path: str, leaf: Any) -> tuple[str | None, ...]:

@@ -75,7 +75,7 @@ class TeacherForcing:
         layout = axes.layout(frames, CLEAN)
         level = jnp.zeros(latents.shape[:2], jnp.float32)
         if self.context_noise:
-            draw = jax.vmap(lambda key: jax.random.uniform(key, (frames,), jnp.float32, 0.0, self.context_noise))
+            draw = jax.vmap(lambda key: jax.random.uniform(key, (1,), jnp.float32, 0.0, self.context_noise))
             # The sink is what generation was given: it stays clean, so that identity is worth reading from it.
             generated = jnp.arange(frames) >= axes.sampler.context.sink
             level = draw(targets.fold_each(key_b, 0)) * generated.astype(jnp.float32)[None]
