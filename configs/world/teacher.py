@@ -1,6 +1,6 @@
 """Bidirectional diffusion on the one-shape world: the teacher of self forcing.
 
-Paper: rectified flow (arXiv 2209.03003) over whole clips, all frames at one level.
+Paper: rectified flow (arXiv 2209.03003) over whole clips after a clean first frame, the others at one level.
 Data: `vidar data world --directory data/world --frames 8`
 Command: `vidar train --config configs/world/teacher.py --workdir runs/world_teacher`
 Hardware: 2 CPU cores; 16 tokens a frame, 8 frames a clip.
@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.objective = {"kind": "diffusion", "ema": 0.99}
     config.visibility = {"kind": "bidirectional"}
-    config.levels = {"base": {"kind": "shared"}}
+    # The first frame is given: clean, as self forcing will show it.
+    config.levels = {"base": {"kind": "shared"}, "context": [{"kind": "clean_prefix", "probabilities": (0.0, 1.0)}]}
     config.plan = {"lag": 0}
     config.video = {"height": 16, "width": 16, "frames": 8, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.75, "deviation": 0.35}

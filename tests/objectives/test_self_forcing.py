@@ -275,9 +275,10 @@ def compared(phase):
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(targets.fold_each(keys, 1))
         level = jnp.clip(5 * uniform / (1 + 4 * uniform), 0.02, 0.98)
         noise = targets.clip_noise(targets.fold_each(keys, 2), video.shape[1:])
-        wide = level[:, None, None, None, None]
+        level = level[:, None] * jnp.array([[0.0, 0.0, 1.0, 1.0]])
+        wide = level[:, :, None, None, None]
         noisy = (1 - wide) * video + wide * noise
-        stream = Frames(noisy, jnp.broadcast_to(level[:, None], (2, 4)), chunk_layout(4, 4))
+        stream = Frames(noisy, level, chunk_layout(4, 4))
         null = data.conditions.drop(("text",), jnp.zeros((2,), bool))
 
         def velocity(name, conditions):

@@ -28,7 +28,8 @@ class SelfForcing:
     Attributes:
         student: Checkpoint that the student starts from, or `"init"`.
         teacher: Checkpoint of the frozen bidirectional teacher, from which the critic starts, too.
-        given: First chunks of each clip that are taken from data instead of generated.
+        given: First chunks of each clip that are taken from data instead of generated; teacher and critic see them
+            clean, so a teacher trained with a `clean_prefix` knows what they promise.
         generator_every: The student is updated every this many steps, the critic at every step.
         low: Smallest level at which teacher and critic are compared.
         high: Largest level.
@@ -119,11 +120,11 @@ class SelfForcing:
             return 1 + max(0, self.given - 1) * sampler.chunk
         return self.given * sampler.chunk
 
-    def _compared(self, video: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array, Frames]:
-        """The video noised to one drawn level per clip, for teacher and critic."""
-        b, frames = video.shape[:2]
+    def _compared(self, video: jax.Array, keys: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, Frames]:
+        """The video for teacher and critic: given frames clean, the others noised to one drawn level per clip."""
+        frames = video.shape[1]
         draw = jax.vmap(lambda key: flow.random_level(key, (), self.shift, self.low, self.high))
-        level = jnp.broadcast_to(draw(targets.fold_each(keys, 1))[:, None], (b, frames))
+        level = jnp.where(mask[None], draw(targets.fold_each(keys, 1))[:, None], 0.0)
         noise = targets.clip_noise(targets.fold_each(keys, 2), video.shape[1:])
         return level, noise, Frames(flow.interpolate(video, noise, level), level, chunk_layout(frames, frames))
 
@@ -131,10 +132,10 @@ class SelfForcing:
         self, networks: Networks, video: jax.Array, conditions: Conditions, keys: jax.Array, axes: Axes
     ) -> tuple[jax.Array, Metrics]:
         fixed = jax.lax.stop_gradient(video)
-        _, _, frames = self._compared(fixed, keys)
+        mask = jnp.arange(video.shape[1]) >= self._given(axes)
+        _, _, frames = self._compared(fixed, keys, mask)
         fake = predict_clean(networks["critic"], frames, conditions, UNGUIDED)
         real = predict_clean(networks["teacher"], frames, conditions, self.guidance)
-        mask = jnp.arange(video.shape[1]) >= self._given(axes)
         direction = jax.lax.stop_gradient(targets.dmd_direction(fixed, fake, real, mask))
         count = video[:, :1].size * (video.shape[1] - self._given(axes))
         size = jnp.sqrt(jnp.sum(jnp.square(direction)) / count)
@@ -143,11 +144,12 @@ class SelfForcing:
     def _denoising(
         self, critic: Any, video: jax.Array, conditions: Conditions, keys: jax.Array, axes: Axes
     ) -> tuple[jax.Array, Metrics]:
-        level, noise, frames = self._compared(video, keys)
+        generated = jnp.arange(video.shape[1]) >= self._given(axes)
+        level, noise, frames = self._compared(video, keys, generated)
         prediction = critic((frames,), conditions, visibility=Bidirectional()).predictions[0]
         velocity = flow.to_velocity(critic.config.prediction, prediction, frames.latents, level)
         error = targets.frame_error(velocity, noise - video)
-        mask = jnp.broadcast_to(jnp.arange(video.shape[1])[None] >= self._given(axes), error.shape)
+        mask = jnp.broadcast_to(generated[None], error.shape)
         return targets.masked_mean(error, mask), targets.level_buckets(error, level, mask)
 
 
@@ -156,7 +158,7 @@ def predict_clean(network: Any, frames: Frames, conditions: Conditions, guidance
 
     Args:
         network: The network.
-        frames: Noisy frames, one level per clip.
+        frames: Noisy frames.
         conditions: Their conditions.
         guidance: Branches.
 

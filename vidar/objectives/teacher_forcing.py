@@ -21,8 +21,8 @@ class TeacherForcing:
     """Denoise every chunk given the clean chunks before it (the baseline of Self Forcing, arXiv 2506.08009).
 
     Attributes:
-        context_noise: Largest level of the noise on the clean half, drawn uniformly per frame but for the sink; it
-            teaches the network to mistrust its context. Drawn upwards from 0, unlike the reference's inverted grid.
+        context_noise: Largest level of the noise on the clean half but for the sink, drawn uniformly per clip (as in
+            GameNGen, arXiv 2408.14837); it teaches the network to mistrust its context.
         weight: Loss weight by level: `"uniform"` or `"bump"`.
         shift: Time shift of the bump's grid.
         ema: Decay of the student's average, or None.
