@@ -19,10 +19,10 @@ def get_config() -> ConfigDict:
     config.video = {"height": 16, "width": 16, "frames": 8, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.75, "deviation": 0.35}
     config.model = {
-        "width": 128,
-        "layers": 3,
+        "width": 96,
+        "layers": 6,
         "heads": 2,
-        "mlp": 512,
+        "mlp": 384,
         "channels": 48,
         "actions": {"kind": "discrete", "count": 5},
         "precision": {"compute": "float32"},

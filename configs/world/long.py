@@ -1,6 +1,6 @@
-"""Teacher forcing on longer clips of the one-shape world, from the student of teacher_forcing.py.
+"""Resampling forcing on longer clips of the one-shape world, from the student of teacher_forcing.py.
 
-Paper: the teacher-forcing baseline of Self Forcing (arXiv 2506.08009, section 3), here with actions and a pixel codec.
+Paper: Resampling Forcing (arXiv 2512.15702): the history carries the student's own errors, and no teacher is needed.
 Data: `vidar data world --directory data/world16 --frames 16`
 Command: `vidar train --config configs/world/long.py --workdir runs/world_long`
 Hardware: 2 CPU cores; 16 tokens a frame, 16 frames a clip: the shape walks far from where the first frame shows it.
@@ -13,15 +13,21 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The experiment."""
     config = ConfigDict()
-    config.objective = {"kind": "teacher_forcing", "context_noise": 0.6, "ema": 0.99, "start": "runs/world_student"}
+    config.objective = {
+        "kind": "teacher_forcing",
+        "start": "runs/world_student",
+        "resample": True,
+        "context_noise": 0.5,
+        "ema": 0.99,
+    }
     config.visibility = {"kind": "teacher_forcing"}
     config.video = {"height": 16, "width": 16, "frames": 16, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.75, "deviation": 0.35}
     config.model = {
-        "width": 128,
-        "layers": 3,
+        "width": 96,
+        "layers": 6,
         "heads": 2,
-        "mlp": 512,
+        "mlp": 384,
         "channels": 48,
         "actions": {"kind": "discrete", "count": 5},
         "precision": {"compute": "float32"},
@@ -36,14 +42,14 @@ def get_config() -> ConfigDict:
     config.optimizers = {
         "student": {
             "name": "muon",
-            "learning_rate": 0.012,
+            "learning_rate": 0.015,
             "schedule": "cosine",
             "warmup": 20,
-            "decay_steps": 800,
+            "decay_steps": 1200,
             "final_fraction": 0.02,
             "beta1": 0.95,
             "beta2": 0.98,
         }
     }
-    config.training = {"steps": 800, "log_every": 20, "save_every": 200, "eval_every": 400, "sample_every": 400}
+    config.training = {"steps": 1200, "log_every": 20, "save_every": 200, "eval_every": 600, "sample_every": 600}
     return config

@@ -1,6 +1,6 @@
 """Self forcing with DMD on the one-shape world, from a teacher-forced student and a bidirectional teacher.
 
-Paper: Self Forcing (arXiv 2506.08009); updates and averages as there: a student update every fifth step.
+Paper: Self Forcing (arXiv 2506.08009); here with a student update every second step.
 Data: `vidar data world --directory data/world --frames 8`
 Command: `vidar train --config configs/world/self_forcing.py --workdir runs/world_self_forcing`
     (after the cards teacher_forcing.py, long.py and teacher.py)
@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
         "student": "runs/world_long",
         "teacher": "runs/world_teacher",
         "given": 1,
+        "generator_every": 2,
         "shift": 3.0,
         "ema": 0.95,
         "ema_start": 10,
@@ -26,10 +27,10 @@ def get_config() -> ConfigDict:
     config.video = {"height": 16, "width": 16, "frames": 8, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.75, "deviation": 0.35}
     config.model = {
-        "width": 128,
-        "layers": 3,
+        "width": 96,
+        "layers": 6,
         "heads": 2,
-        "mlp": 512,
+        "mlp": 384,
         "channels": 48,
         "actions": {"kind": "discrete", "count": 5},
         "precision": {"compute": "float32"},
@@ -42,8 +43,8 @@ def get_config() -> ConfigDict:
     config.data = {"tfds": "vidar_world/one_shape", "directory": "data/world", "frames": 8, "batch": 24}
     optimizer = {"name": "adamw", "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "warmup": 10}
     config.optimizers = {
-        "student": optimizer | {"learning_rate": 5e-5},
-        "critic": optimizer | {"learning_rate": 2e-4},
+        "student": optimizer | {"learning_rate": 1e-4},
+        "critic": optimizer | {"learning_rate": 5e-4},
     }
-    config.training = {"steps": 150, "log_every": 10, "save_every": 50, "eval_every": 150, "sample_every": 150}
+    config.training = {"steps": 300, "log_every": 10, "save_every": 100, "eval_every": 300, "sample_every": 300}
     return config

@@ -21,10 +21,10 @@ def get_config() -> ConfigDict:
     config.video = {"height": 16, "width": 16, "frames": 8, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.75, "deviation": 0.35}
     config.model = {
-        "width": 128,
-        "layers": 3,
+        "width": 96,
+        "layers": 6,
         "heads": 2,
-        "mlp": 512,
+        "mlp": 384,
         "channels": 48,
         "actions": {"kind": "discrete", "count": 5},
         "precision": {"compute": "float32"},
@@ -37,11 +37,11 @@ def get_config() -> ConfigDict:
             "learning_rate": 0.02,
             "schedule": "cosine",
             "warmup": 20,
-            "decay_steps": 900,
+            "decay_steps": 2000,
             "final_fraction": 0.02,
             "beta1": 0.95,
             "beta2": 0.98,
         }
     }
-    config.training = {"steps": 900, "log_every": 20, "save_every": 200}
+    config.training = {"steps": 2000, "log_every": 20, "save_every": 200}
     return config

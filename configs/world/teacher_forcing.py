@@ -13,15 +13,15 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The experiment."""
     config = ConfigDict()
-    config.objective = {"kind": "teacher_forcing", "context_noise": 0.6, "ema": 0.99}
+    config.objective = {"kind": "teacher_forcing", "context_noise": 0.8, "ema": 0.99}
     config.visibility = {"kind": "teacher_forcing"}
     config.video = {"height": 16, "width": 16, "frames": 8, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.75, "deviation": 0.35}
     config.model = {
-        "width": 128,
-        "layers": 3,
+        "width": 96,
+        "layers": 6,
         "heads": 2,
-        "mlp": 512,
+        "mlp": 384,
         "channels": 48,
         "actions": {"kind": "discrete", "count": 5},
         "precision": {"compute": "float32"},
@@ -39,11 +39,11 @@ def get_config() -> ConfigDict:
             "learning_rate": 0.02,
             "schedule": "cosine",
             "warmup": 20,
-            "decay_steps": 1400,
+            "decay_steps": 1600,
             "final_fraction": 0.02,
             "beta1": 0.95,
             "beta2": 0.98,
         }
     }
-    config.training = {"steps": 1400, "log_every": 20, "save_every": 200, "eval_every": 350, "sample_every": 350}
+    config.training = {"steps": 1600, "log_every": 20, "save_every": 200, "eval_every": 400, "sample_every": 400}
     return config

@@ -180,6 +180,14 @@ REFUSED = {
     "objective without its pattern": (dict(objective={"kind": "teacher_forcing"}), "do not go together"),
     "pattern without its objective": (dict(visibility={"kind": "teacher_forcing"}), "do not go together"),
     "self forcing in a pipeline": (dict(objective={"kind": "self_forcing"}, plan={"lag": 1}), "one chunk at a time"),
+    "resampling in a pipeline": (
+        dict(
+            objective={"kind": "teacher_forcing", "resample": True},
+            visibility={"kind": "teacher_forcing"},
+            plan={"lag": 1},
+        ),
+        "teacher_forcing with resample rolls out one chunk at a time",
+    ),
     "self forcing without a rest": (dict(objective={"kind": "self_forcing", "given": 2}), "leaves none to generate"),
     "self forcing, first frame": (
         dict(objective={"kind": "self_forcing"}, video={"frames": 5, "chunk": 2, "independent_first_frame": True}),

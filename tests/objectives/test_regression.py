@@ -147,6 +147,47 @@ def test_context_noise_leaves_the_sink_alone():
     np.testing.assert_array_equal(np.asarray(clean.level) > 0, [[False, True, True, True]] * 2)
 
 
+RESAMPLED = {
+    "window, sink": dict(window=3, sink=1),
+    "chunks": dict(chunk=2),
+    "first frame": dict(chunk=3, first=True, frames=7),
+}
+
+
+@pytest.mark.parametrize("name", RESAMPLED)
+def test_resampled_history_is_made_by_the_student_and_never_differentiated(name):
+    """The clean half is the student's, given frames but excepted; the noisy half and the target stay data."""
+    fields = RESAMPLED[name]
+    window, sink = fields.get("window"), fields.get("sink", 0)
+    visibility = TeacherForcing() if window is None else TeacherForcing() & Window(window, sink)
+    axis, model = axes(visibility, **{"frames": 4, **fields}), network(TEXT)
+    data = batch(frames=axis.sampler.frames)
+    plain, resampling = (teacher_forcing.TeacherForcing(resample=value) for value in (False, True))
+
+    def loss(model, objective, history):
+        with pytest.MonkeyPatch.context() as patch:
+            if history is not None:
+                patch.setattr(teacher_forcing, "resampled", lambda *arguments: history)
+            return objective.loss("student", {"student": model}, (), axis, data, jnp.int32(0), KEY)[0]
+
+    @quick_jit
+    def history(model):
+        keys = targets.clip_keys(KEY, data.index)
+        return teacher_forcing.resampled(model, data, axis, KEY, targets.fold_each(keys, 4))
+
+    given = 1 if sink or fields.get("first") else 0
+    made = history(model)
+    np.testing.assert_array_equal(made[:, :given], data.latents[:, :given])
+    assert float(jnp.min(jnp.max(jnp.abs(made - data.latents)[:, given:], axis=(2, 3, 4)))) > 0.1
+
+    gradient = quick_jit(jax.value_and_grad(loss), static_argnums=1)
+    value, found = gradient(model, resampling, None)
+    expected, constant = gradient(model, resampling, made)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.max(jnp.abs(b)))), found, constant)
+    assert abs(float(gradient(model, plain, None)[0]) - float(value)) > 1e-3
+
+
 CASES = {
     "chunks": (dict(chunk=2), 0.0),
     "first frame, noised context": (dict(chunk=3, first=True), 0.3),
