@@ -38,11 +38,11 @@ def get_config() -> ConfigDict:
             "learning_rate": 0.005,
             "schedule": "cosine",
             "warmup": 20,
-            "decay_steps": 600,
+            "decay_steps": 300,
             "final_fraction": 0.05,
             "beta1": 0.95,
             "beta2": 0.98,
         }
     }
-    config.training = {"steps": 600, "log_every": 20, "save_every": 100, "eval_every": 300, "sample_every": 300}
+    config.training = {"steps": 300, "log_every": 20, "save_every": 100, "eval_every": 300, "sample_every": 300}
     return config

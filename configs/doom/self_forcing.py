@@ -1,6 +1,6 @@
 """Self forcing with DMD on recorded ViZDoom gameplay, from the teacher-forced student and a bidirectional teacher.
 
-Paper: Self Forcing (arXiv 2506.08009); a student update every fifth step, four solver steps.
+Paper: Self Forcing (arXiv 2506.08009); a student update every second step, four solver steps.
 Data: `vidar data doom --output data/doom`
 Command: `vidar train --config configs/doom/self_forcing.py --workdir runs/doom_self_forcing`
     (after teacher_forcing.py and teacher.py)
@@ -19,9 +19,10 @@ def get_config() -> ConfigDict:
         "student": "runs/doom_teacher_forcing",
         "teacher": "runs/doom_teacher",
         "given": 1,
+        "generator_every": 2,
         "shift": 3.0,
         "ema": 0.95,
-        "ema_start": 50,
+        "ema_start": 20,
     }
     config.video = {"height": 32, "width": 32, "frames": 6, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.7, "deviation": 0.2}
@@ -40,8 +41,8 @@ def get_config() -> ConfigDict:
     config.data = {"records": "data/doom", "frames": 6, "batch": 12}
     optimizer = {"name": "adamw", "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "warmup": 10}
     config.optimizers = {
-        "student": optimizer | {"learning_rate": 5e-5},
-        "critic": optimizer | {"learning_rate": 2e-4},
+        "student": optimizer | {"learning_rate": 1e-4},
+        "critic": optimizer | {"learning_rate": 5e-4},
     }
-    config.training = {"steps": 400, "log_every": 20, "save_every": 50, "eval_every": 200, "sample_every": 200}
+    config.training = {"steps": 200, "log_every": 20, "save_every": 50, "eval_every": 100, "sample_every": 100}
     return config

@@ -1,6 +1,6 @@
 """Bidirectional diffusion on recorded ViZDoom gameplay, fine-tuned from teacher forcing: the teacher of self forcing.
 
-Paper: rectified flow (arXiv 2209.03003) over whole clips, all frames at one level.
+Paper: rectified flow (arXiv 2209.03003) over whole clips after a clean first frame, the others at one level.
 Data: `vidar data doom --output data/doom`
 Command: `vidar train --config configs/doom/teacher.py --workdir runs/doom_teacher`
     (after teacher_forcing.py)
@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.objective = {"kind": "diffusion", "start": "runs/doom_teacher_forcing", "ema": 0.99}
     config.visibility = {"kind": "bidirectional"}
-    config.levels = {"base": {"kind": "shared"}}
+    # The first frame is given: clean, as self forcing will show it.
+    config.levels = {"base": {"kind": "shared"}, "context": [{"kind": "clean_prefix", "probabilities": (0.0, 1.0)}]}
     config.video = {"height": 32, "width": 32, "frames": 6, "chunk": 1}
     config.codec = {"kind": "pixel", "patch": 4, "mean": -0.7, "deviation": 0.2}
     config.model = {
@@ -37,11 +38,11 @@ def get_config() -> ConfigDict:
             "learning_rate": 0.005,
             "schedule": "cosine",
             "warmup": 20,
-            "decay_steps": 600,
+            "decay_steps": 400,
             "final_fraction": 0.05,
             "beta1": 0.95,
             "beta2": 0.98,
         }
     }
-    config.training = {"steps": 600, "log_every": 20, "save_every": 100}
+    config.training = {"steps": 400, "log_every": 20, "save_every": 100}
     return config

@@ -36,11 +36,11 @@ def get_config() -> ConfigDict:
             "learning_rate": 0.02,
             "schedule": "cosine",
             "warmup": 20,
-            "decay_steps": 2000,
+            "decay_steps": 1000,
             "final_fraction": 0.05,
             "beta1": 0.95,
             "beta2": 0.98,
         }
     }
-    config.training = {"steps": 2000, "log_every": 20, "save_every": 100, "eval_every": 500, "sample_every": 250}
+    config.training = {"steps": 1000, "log_every": 20, "save_every": 100, "eval_every": 500, "sample_every": 250}
     return config
