@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook(["vidar.diffusion", "vidar.attention", "vidar.sampling"], "beartype.beartype")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Lets tests that measure time run alone, where several workers share the machine."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    wanted = fcntl.LOCK_EX if item.get_closest_marker("timing") else fcntl.LOCK_SH
+    with open(__file__) as gate, open(ROOT / "pyproject.toml") as floor:  # any two files that all workers see
+        # Who waits for the floor keeps the gate shut, so that nobody else slips in before.
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(floor, wanted)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
 
 
 def subprocess_environment(devices: int) -> dict[str, str]:

@@ -197,6 +197,7 @@ def test_preparing_again_does_nothing_or_refuses(world):
         prepare(world, "no_shape")
 
 
+@pytest.mark.timing
 def test_the_quickstart_waits_for_no_data(tmp_path):
     prepare(tmp_path, clips=512, validation_clips=1)
     config = DataConfig(tfds="vidar_world/one_shape", directory=str(tmp_path), frames=8, batch=32)

@@ -137,6 +137,7 @@ def test_coverage_adds_up_to_the_area_around_the_centre(kind):
     np.testing.assert_allclose(cover.sum(axis=2) @ along / area, offset[:, 1], atol=0.02)
 
 
+@pytest.mark.timing
 def test_thousands_of_frames_a_second():
     frames = np.concatenate([frames for _, frames in clips(ONE, 64)])
     read(frames[:1], ONE)

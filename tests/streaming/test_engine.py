@@ -126,6 +126,7 @@ def measured(engine, ticks=2000) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_ticks_do_not_slow_down(engine):
     """Half a minute on an idle machine; a busy one may fail it."""
     ratios = [late / early for early, late in (measured(engine) for _ in range(3))]

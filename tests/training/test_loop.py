@@ -143,6 +143,7 @@ def test_callbacks_get_the_averaged_networks_and_write_rows(tmp_path):
     assert rows(tmp_path) == [{"step": step, "eval/position": 0.5} for step in (2, 4, 5)]
 
 
+@pytest.mark.timing
 def test_host_time_and_compilations(tmp_path, monkeypatch):
     """Everything outside the device step costs at most 3 ms, and each phase is compiled once."""
     compiled = []
