@@ -8,12 +8,16 @@ Hardware: 2 CPU cores, about half an hour. Resumable at any time.
 Metric: `vidar eval turning --model runs/doom_self_forcing --records data/doom --output runs/turning`
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
+
+from vidar.config import load
 
 
 def get_config() -> ConfigDict:
     """The experiment."""
-    config = ConfigDict()
+    config = load(Path(__file__).with_name("teacher_forcing.py")).unlock()
     config.objective = {
         "kind": "self_forcing",
         "student": "runs/doom_teacher_forcing",
@@ -24,25 +28,12 @@ def get_config() -> ConfigDict:
         "ema": 0.95,
         "ema_start": 20,
     }
-    config.video = {"height": 32, "width": 32, "frames": 6, "chunk": 1}
-    config.codec = {"kind": "pixel", "patch": 4, "mean": -0.7, "deviation": 0.2}
-    config.model = {
-        "width": 128,
-        "layers": 4,
-        "heads": 2,
-        "mlp": 256,
-        "channels": 48,
-        "actions": {"kind": "discrete", "count": 4},
-        "precision": {"compute": "float32"},
-        "remat": True,
-    }
+    config.visibility = {"kind": "chunk_causal"}
     config.solver = {"kind": "few_step", "times": (1000.0, 750.0, 500.0, 250.0), "shift": 5.0}
-    config.context = {"window": 6}
-    config.data = {"records": "data/doom", "frames": 6, "batch": 12}
     optimizer = {"name": "adamw", "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "warmup": 10}
     config.optimizers = {
         "student": optimizer | {"learning_rate": 1e-4},
         "critic": optimizer | {"learning_rate": 5e-4},
     }
-    config.training = {"steps": 200, "log_every": 20, "save_every": 50, "eval_every": 100, "sample_every": 100}
+    config.training.update({"steps": 200, "save_every": 50, "eval_every": 100, "sample_every": 100})
     return config
