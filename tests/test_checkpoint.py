@@ -206,6 +206,10 @@ def test_the_course_goes_on_over_a_damaged_step(tmp_path):
 def test_nothing_whole_is_an_error_in_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         restore(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="a file, not a directory of checkpoints"):
+        restore(tmp_path / "file")
+    (tmp_path / "file").unlink()
     save(tmp_path, (1,))
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 5; there are \[1\]"):
         restore(tmp_path, 5)

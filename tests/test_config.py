@@ -172,11 +172,53 @@ def test_load_adds_keys_that_the_card_leaves_to_their_defaults(card):
         (["--config.training.steps=many"], "steps"),
         (["--training.steps=7"], "write --config.key=value"),
         (["--config.training.steps"], "write --config.key=value"),
+        (["--config.training.steps.x=3"], "--config.training.steps is 1, not a section"),
+        (["--config.training=3"], r"--config.training=3: a section; set one of its keys \(name, steps\)"),
     ],
 )
 def test_load_refuses_bad_overrides(card, overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load(card, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("steps=None", {"steps": None, "name": "a"}),
+        ("flag=true", {"steps": 1, "name": "a", "flag": True}),
+        ("flag=false", {"steps": 1, "name": "a", "flag": False}),
+        ("name=true", {"steps": 1, "name": "true"}),
+    ],
+)
+def test_none_and_booleans_are_read(card, override, value):
+    assert load(card, [f"--config.training.{override}"]).training.to_dict() == value
+    assert load(card, ["--config.training=None"]).training is None
+    assert load(card, ["--config.training={'steps': 3}"]).training.to_dict() == {"steps": 3}
+
+
+def test_the_last_override_of_a_key_counts(card):
+    for order, steps in (("None", "7"), 7), (("7", "None"), None):
+        assert load(card, [f"--config.training.steps={value}" for value in order]).training.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise RuntimeError('broken\\ncard')", "RuntimeError: broken"),
+        ("return nothing", "NameError: name 'nothing' is not defined"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("open('/nothing')", "No such file or directory: '/nothing'"),
+        ("raise ValueError('never \\'None\\'')", "ValueError: never 'None'"),
+        ("return {'a': 1}", "must return a ConfigDict, not dict"),
+    ],
+)
+def test_whatever_a_card_raises_is_one_line(tmp_path, body, message):
+    path = tmp_path / "bad.py"
+    path.write_text(f"def get_config():\n    {body}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -324,6 +324,8 @@ def _steps(directory: epath.Path) -> list[int]:
     """Returns the steps that have a directory, newest first."""
     if not directory.exists():
         return []
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: a file, not a directory of checkpoints; move it away")
     return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, VidarError
 
 T = TypeVar("T")
 
@@ -120,7 +120,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     Args:
         path: Python file with `get_config()`; `file.py:text` calls `get_config("text")`.
         overrides: Flags such as `--config.training.steps=10`. A key that the card sets keeps its type; one that it
-            leaves to its default is added as it is, for `build` to check.
+            leaves to its default, or sets to None, is added as it is, for `build` to check. The last one of a key
+            counts.
 
     Returns:
         The `ConfigDict`.
@@ -135,10 +136,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         if not override.startswith("--config.") or "=" not in override:
             raise ConfigError(f"{override}: not an override; write --config.key=value")
     card = _card(path, ())
-    known = [override for override in overrides if _is_set(card, _override(override)[0])]
+    last = {override.partition("=")[0]: override for override in overrides}.values()
+    known = [override for override in last if _is_set(card, *_override(override))]
     config = _card(path, known)
-    with config.unlocked():
-        for override in overrides:
+    with config.unlocked(), config.ignore_type():
+        for override in last:
             if override not in known:
                 _add(config, *_override(override))
     return config
@@ -147,7 +149,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 def _card(path: str | Path, overrides: Sequence[str]) -> Any:
     """Runs a card through ml_collections, with overrides of keys that it sets."""
     from absl import flags
-    from ml_collections import config_flags
+    from ml_collections import ConfigDict, config_flags
 
     arguments = ["vidar", f"--config={path}", *overrides]
     values = flags.FlagValues()
@@ -155,9 +157,16 @@ def _card(path: str | Path, overrides: Sequence[str]) -> Any:
     try:
         values(arguments)
         config = values["config"].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError) as error:
-        raise ConfigError(f"--config={path}: {_one_line(error)}") from error
-    if not hasattr(config, "items"):
+        getattr(config, "items", None)  # a card that could not read a file says so only when it is looked into
+    except VidarError as error:
+        raise ConfigError(f"--config={path}: {error}") from error
+    except flags.Error as error:
+        # What a card raised may come as a traceback, whose last line says it.
+        raise ConfigError(f"--config={path}: {str(error).strip().splitlines()[-1]}") from error
+    # A card is a person's own code, which can fail in any way.
+    except Exception as error:
+        raise ConfigError(f"--config={path}: {type(error).__name__}: {_one_line(error)}") from error
+    if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
     return config
 
@@ -168,25 +177,42 @@ def _override(flag: str) -> tuple[list[str], str]:
     return path.removeprefix("--config.").split("."), value
 
 
-def _is_set(config: Any, keys: Sequence[str]) -> bool:
-    """Whether a card sets a key to something whose type an override can keep."""
+def _is_set(config: Any, keys: Sequence[str], value: str) -> bool:
+    """Whether a card sets a key to something whose type an override can keep; None has no type."""
     for key in keys:
         if not hasattr(config, "items") or key not in config:
             return False
         config = config[key]
-    return config is not None and not hasattr(config, "items")
+    return config is not None and not hasattr(config, "items") and value != "None"
 
 
 def _add(config: Any, keys: Sequence[str], value: str) -> None:
     """Adds a key that a card does not set, with its value read as a Python literal, or else as text."""
-    for key in keys[:-1]:
-        if key not in config or not hasattr(config[key], "items"):
+    names = ["--config", *keys]
+    for depth, key in enumerate(keys[:-1], start=1):
+        if config.get(key) is None:
             config[key] = {}
+        if not hasattr(config[key], "items"):
+            place = ".".join(names[: depth + 1])
+            raise ConfigError(f"{'.'.join(names)}: {place} is {config[key]!r}, not a section; write {place}=value")
         config = config[key]
+    parsed = _literal(value)
+    if hasattr(config.get(keys[-1]), "items") and not isinstance(parsed, dict | None):
+        known = ", ".join(sorted(config[keys[-1]])) or "none"
+        raise ConfigError(
+            f"{'.'.join(names)}={value}: a section; set one of its keys ({known}), or the section to None"
+        )
+    config[keys[-1]] = parsed
+
+
+def _literal(value: str) -> Any:
+    """Reads a Python literal, `true` or `false`, or else text."""
+    if value in ("true", "false"):
+        return value == "true"
     try:
-        config[keys[-1]] = ast.literal_eval(value)
+        return ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        config[keys[-1]] = value
+        return value
 
 
 def _field_to_dict(hint: Any, value: Any) -> Any:
@@ -363,5 +389,7 @@ def _article(name: str) -> str:
 
 def _one_line(error: BaseException) -> str:
     """Returns the first line of an error's message."""
-    lines = str(error).strip().strip("'\"").splitlines()
+    # A KeyError shows its message as a literal.
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    lines = str(message).strip().splitlines()
     return lines[0] if lines else type(error).__name__

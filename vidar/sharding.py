@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vidar.errors import ConfigError
 
@@ -205,7 +205,7 @@ def constrain(x: jax.Array, *logical_axes: str | None, rules: Rules = Rules()) -
 
 
 def shardings(
-    tree: Any, axes_of: Callable[[str, Any], Sequence[str | None]], mesh: Mesh, rules: Rules = Rules()
+    tree: Any, axes_of: Callable[[str, Any], Sequence[str | None]], mesh: Mesh | AbstractMesh, rules: Rules = Rules()
 ) -> Any:
     """Derives the placement of parameters from their names.
 

@@ -4,7 +4,7 @@ A config names one choice per axis; `compose` turns it into a `System` or says i
 knows all axes and nothing of drivers, disks or servers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from vidar.checkpoint import load_item
 from vidar.config import build, to_dict
 from vidar.diffusion.levels import LevelsConfig
 from vidar.diffusion.plan import Commit
-from vidar.errors import CheckpointError, ConfigError, DataError
+from vidar.errors import CheckpointError, ConfigError, DataError, check_range
 from vidar.models.codecs.pixel import PixelCodec
 from vidar.models.dit import DiT, DiTConfig
 from vidar.models.frames import Batch, Conditions
@@ -64,6 +64,10 @@ class VideoConfig:
     frames: int = 8
     chunk: int = 1
     independent_first_frame: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "frames", "chunk"):
+            check_range(f"video.{name}", getattr(self, name), least=1)
 
 
 @dataclass(frozen=True)
@@ -219,17 +223,29 @@ def load(source: str | Path, role: str = "student") -> tuple[System, DiT]:
     """
     source = Path(source)
     if source.suffix == SUFFIX:
-        system = compose(system_config(read_meta(source)["systems"][role]))
+        systems = read_meta(source).get("systems")
+        if not isinstance(systems, dict):
+            raise CheckpointError(f"{source}: not a weights file of vidar's (its header has no systems)")
+        _check_role(source, role, systems)
+        system = compose(system_config(systems[role]))
         return system, load_weights(source, role, _template(system, role))
     directory = source / "checkpoints"
     if not directory.is_dir():
         raise CheckpointError(f"{source}: neither a {SUFFIX} file nor the directory of a run (no checkpoints/ in it)")
     meta = load_item(directory, "meta", None)
+    if "config" not in meta:
+        raise CheckpointError(f"{source}: its checkpoints do not say what they were trained with (meta has no config)")
     system = compose(system_config(meta["config"]))
+    _check_role(source, role, [name for name, one in system.objective.roles.items() if one.optimizer is not None])
     template = _template(system, role)
     if system.objective.roles[role].ema is not None:
         return system, load_item(directory, "ema", {role: template})[role]
     return system, load_item(directory, "state", {"networks": {role: template}})["networks"][role]
+
+
+def _check_role(source: Path, role: str, known: Collection[str]) -> None:
+    if role not in known:
+        raise CheckpointError(f"{source}: holds no network {role!r}; it has {', '.join(known) or 'none'}")
 
 
 def _template(system: System, role: str) -> Any:
@@ -251,6 +267,7 @@ def compose(config: SystemConfig) -> System:
     video, model = config.video, config.model
     height, width = config.codec.latent_size(video.height, video.width)
     _check_video(video)
+    check_range("drop", config.drop, least=0, most=1)
     config.context.check(video.chunk, video.independent_first_frame)
     for role, network in (("model", model), ("teacher", config.teacher or model)):
         if network.channels != config.codec.channels:
@@ -296,7 +313,7 @@ def streaming_sampler(
     """
     trained, video = system.config.context, system.config.video
     context = ContextConfig(
-        window or trained.window or video.frames,
+        (trained.window or video.frames) if window is None else window,
         trained.sink if sink is None else sink,
         positions or trained.positions,
     )
@@ -339,8 +356,6 @@ def _generation(config: SystemConfig) -> Visibility:
 
 
 def _check_video(video: VideoConfig) -> None:
-    if video.chunk < 1 or video.frames < 1:
-        raise ConfigError(f"video.frames={video.frames} and video.chunk={video.chunk} must be at least 1")
     head = 1 if video.independent_first_frame else 0
     if (video.frames - head) % video.chunk:
         fits = head + video.chunk * max(1, round((video.frames - head) / video.chunk))
@@ -397,6 +412,13 @@ def _check_objective(config: SystemConfig, sampler: Sampler) -> None:
     in_turn = config.plan.lag in (None, config.solver.steps) and config.plan.commit.kind == "extra_pass"
     if rolls and not in_turn:
         raise ConfigError(f"{rolls} rolls out one chunk at a time: use plan.lag=None and an extra_pass commit")
+    if isinstance(objective, teacher_forcing.TeacherForcing) and objective.resample:
+        given = max(config.context.sink, int(sampler.first))
+        if given >= config.video.frames:
+            raise ConfigError(
+                f"objective.resample with {given} given frames (context.sink={config.context.sink}) leaves none of "
+                f"video.frames={config.video.frames} to resample: use a smaller sink or longer clips"
+            )
     if isinstance(objective, self_forcing.SelfForcing):
         chunks = chunk_layout(config.video.frames, config.video.chunk, independent_first_frame=sampler.first).chunks
         if not 0 <= objective.given <= chunks[-1]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vidar.errors import CheckpointError
+from vidar.errors import CheckpointError, make_directory
 
 SUFFIX = ".safetensors"
 
@@ -39,7 +39,7 @@ def save_weights(path: str | Path, networks: Mapping[str, Any], meta: Mapping[st
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent, CheckpointError)
         with part.open("wb") as file:
             file.write(save(arrays, {"vidar": json.dumps(dict(meta), sort_keys=True)}))
             file.flush()
@@ -73,7 +73,13 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read as weights ({error}); copy the file again") from error
     if "vidar" not in header:
         raise CheckpointError(f"{path}: not a weights file of vidar's (its header has no config)")
-    return json.loads(header["vidar"])
+    try:
+        meta = json.loads(header["vidar"])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: its header is not JSON ({error}); copy the file again") from error
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: not a weights file of vidar's (its header is no dictionary)")
+    return meta
 
 
 def load_weights(path: str | Path, role: str, template: Any) -> Any:

@@ -139,6 +139,17 @@ def test_patterns_on_levels_and_slots_are_refused(visibility, backend):
         kernels.Pattern(visibility, CHUNKED, backend)
 
 
+@pytest.mark.parametrize(("backend", "needs"), [("cudnn", "GPU"), ("splash", "TPU")])
+def test_a_back_end_that_the_devices_lack_is_refused(backend, needs):
+    q, k, v = arrays(6)
+    pattern = kernels.Pattern(ChunkCausal(), CHUNKED, backend)
+    message = f"{backend}' needs a {needs}, these devices are cpu: use backend='xla'"
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(lambda: kernels.attend(pattern, q, k, v))
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(lambda: kernels.attend_all(pattern, q[:, None], k, v))
+
+
 def test_unknown_backend_and_irregular_layout_are_refused():
     with pytest.raises(ConfigError, match="unknown"):
         kernels.Pattern(ChunkCausal(), CHUNKED, "flash")

@@ -41,6 +41,13 @@ def test_lower_only_says_flops_bytes_and_rooflines(capsys):
         ("stream --lower-only --results x", "name a --topology"),
         ("train --ticks 0", "both must be at least 1"),
         ("train --decoder", "a training step decodes nothing"),
+        ("stream --height 0 --width 0", "height=0 must be at least 1"),
+        ("stream --height 16 --width -8", "width=-8 must be at least 1"),
+        ("stream --window 0", "window=0 must be at least 1"),
+        ("stream --mesh data=²", "'data=²' is not an axis and a size"),
+        ("stream --mesh data=--2", "'data=--2' is not an axis and a size"),
+        ("stream --results pyproject.toml", "pyproject.toml is a file, not a directory"),
+        ("stream --backend splash --ticks 2", "needs a TPU, these devices are cpu: use backend='xla'"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(capsys, arguments, message):

@@ -28,6 +28,9 @@ def test_mistakes_are_told_before_anything_starts(tmp_path, monkeypatch):
         record(tmp_path, size=4)
     with pytest.raises(ConfigError, match="frame_skip=0"):
         record(tmp_path, frame_skip=0)
+    monkeypatch.setattr(doom.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ConfigError, match="seed=-1 must be at least 0"):
+        record(tmp_path, seed=-1)
     monkeypatch.setattr(doom.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'vidar\[doom\]'"):
         record(tmp_path)

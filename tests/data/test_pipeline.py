@@ -1,6 +1,8 @@
 """Batches: order, restoring, processes, and what is said when data are missing or damaged."""
 
 import dataclasses
+import fcntl
+import os
 import time
 
 import numpy as np
@@ -195,6 +197,29 @@ def test_preparing_again_does_nothing_or_refuses(world):
         prepare(world, clips=97, validation_clips=8, frames=12)
     with pytest.raises(ConfigError, match="known are one_shape, shapes"):
         prepare(world, "no_shape")
+    with pytest.raises(ConfigError, match="seed=99999999999 must be at least 0 and below 2147483648"):
+        prepare(world, seed=99999999999)
+    with pytest.raises(ConfigError, match="clips=0 must be at least 1"):
+        prepare(world, clips=0)
+
+
+def test_what_killed_runs_left_is_removed_and_two_do_not_make_one_set(tmp_path):
+    shapes = tmp_path / "vidar_world" / "shapes"
+    for name in ("incomplete.ABCDEF_1.0.0", "incomplete.ABCDEF_2.0.0"):
+        (shapes / name).mkdir(parents=True)
+    lock = os.open(shapes, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(DataError, match="another process is making this set"):
+        prepare(tmp_path, "shapes", clips=2, validation_clips=1)
+    os.close(lock)
+    prepare(tmp_path, "shapes", clips=2, validation_clips=1)
+    assert sorted(path.name for path in shapes.iterdir()) == ["1.0.0", "incomplete.ABCDEF_2.0.0"]
+
+
+@pytest.mark.parametrize("choice", ["cache_megabytes", "seed"])
+def test_negative_choices_are_refused(choice):
+    with pytest.raises(ConfigError, match=f"{choice}=-1 must be at least 0"):
+        DataConfig(**{choice: -1})
 
 
 @pytest.mark.timing

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vidar.data.video import VideoWriter, read_video, watchable_scale, write_video
-from vidar.errors import DataError
+from vidar.errors import ConfigError, DataError
 
 
 def moving_bar(frames=12, height=16, width=16):
@@ -100,14 +100,24 @@ def test_scales():
 
 
 def test_errors_are_one_line(tmp_path):
-    with pytest.raises(DataError, match="no such video"):
+    with pytest.raises(DataError, match="no such image or video"):
         read_video(tmp_path / "missing.mp4")
     (tmp_path / "junk.mp4").write_bytes(b"junk")
     with pytest.raises(DataError, match="not a video"):
         read_video(tmp_path / "junk.mp4")
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot write video"):
+    with pytest.raises(DataError, match="file is a file, not a directory"):
         VideoWriter(tmp_path / "file" / "x.mp4", fps=10)
+    for read in (read_video, lambda path: VideoWriter(path, fps=10)):
+        with pytest.raises(DataError, match="a directory; give"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("fps", [float("nan"), float("inf"), 0.0, -3.0, 1e-9, 1e9])
+def test_rates_that_no_video_has_are_refused(tmp_path, fps):
+    with pytest.raises(ConfigError, match="fps=.* must be"):
+        VideoWriter(tmp_path / "x.mp4", fps)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_reported(tmp_path):

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from vidar.cli.main import main
+from vidar.data.records import ActionSpec, EpisodeWriter, Format
 from vidar.data.video import read_video, write_video
+from vidar.errors import CheckpointError
+from vidar.system import load
+from vidar.training.experiment import system_dict
+from vidar.weights import save_weights
 
 SMALL = [
     "--config.model.width=32",
@@ -105,6 +111,8 @@ def test_self_forcing_starts_from_trained_runs(root):
         ("--config.codec.patch=3", ["16", "3"]),
         ("--config.data.tfds=vidar_world/none", ["vidar_world/none"]),
         ("--config.solver.kind=heun", ["heun", "euler"]),
+        ("--config.model.backend=splash", ["'splash' needs a TPU", "backend='xla'"]),
+        ("--config.model=3", ["--config.model=3: a section"]),
     ],
 )
 def test_mistakes_in_a_config_get_one_line(root, capsys, override, words):
@@ -134,6 +142,71 @@ def test_missing_model_data_and_files_are_refused(root, capsys, tmp_path):
     assert not (tmp_path / "x.mp4").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--given 3", ["--given=3", "--first"]),
+        ("--frames 0", ["--frames=0 must be at least 1"]),
+        ("--first first.mp4 --frames 2 --given 2", ["--frames=2 must be above --given=2"]),
+        ("--first .", [".: a directory; give an image or video file"]),
+        ("--fps nan", ["fps=nan must be finite"]),
+        ("--fps -3", ["fps=-3.0 must be at least"]),
+        ("--actions 1*99999999999", ["'1*99999999999'", "1000000 in all"]),
+        ("--output first.mp4/x.mp4", ["first.mp4 is a file, not a directory"]),
+    ],
+)
+def test_mistakes_in_generating_get_one_line(root, capsys, tmp_path, monkeypatch, options, words):
+    write_video(tmp_path / "first.mp4", np.full((3, 16, 16, 3), 40, np.uint8), fps=8)
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, ["generate", "--model", str(root / "run"), "--output", "x.mp4", *options.split()], *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["first.mp4"]
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_turning_compares_sizes_and_names(root, capsys, tmp_path, size):
+    rng = np.random.default_rng(0)
+    records, run, output = tmp_path / "records", str(root / "run"), tmp_path / "results"
+    names = ("none", "turn_left", "turn_right", "forward")
+    writer = EpisodeWriter(records, Format((size, size), ActionSpec("discrete", names)), {})
+    frames = rng.integers(0, 256, (8, size, size, 3), dtype=np.uint8)
+    for split in ("train", "validation"):
+        writer.write_shard(split, 0, [(frames, np.zeros(8, np.int32))] * 4)
+    writer.finish()
+
+    def command(*options: str) -> list[str]:
+        small = ["--starts", "2", "--given", "1", "--frames", "3", "--output", str(output)]
+        return ["eval", "turning", "--records", str(records), "--model", run, *small, *options]
+
+    if size == 16:
+        assert main(command()) == 0
+        assert list(json.loads((output / "turning.json").read_text())) == ["run"]
+        assert (output / "run.png").stat().st_size > 100
+        refused(capsys, command("--starts", "0"), "--starts=0 must be at least 1")
+        refused(capsys, command("--given", "0"), "--given=0 must be at least 1")
+        refused(capsys, command("--given", "3"), "--frames=3 must be above 3")
+        refused(capsys, command("--output", str(records / "manifest.json")), "manifest.json is a file")
+        refused(capsys, command("--model", run, str(tmp_path / "other" / "run")), "several are named run")
+        refused(capsys, ["eval", "world", "--model", run, "--clips", "0"], "--clips=0 must be at least 1")
+    else:
+        refused(capsys, command(), "run: makes frames of 16×16", "has 32×32")
+        assert not output.exists()
+
+
+def test_a_weights_file_without_systems_and_roles_that_are_not_there_are_refused(root, tmp_path):
+    system, model = load(root / "run")
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, {"student": model}, {"systems": {"student": system_dict(system.config)}})
+    assert load(path)[0].config == system.config
+    for source in (path, root / "run"):
+        with pytest.raises(CheckpointError, match=r"holds no network 'critic'; it has student"):
+            load(source, "critic")
+    headers = {"{}": "its header has no systems", "[1]": "header is no dictionary", "{not": "header is not JSON"}
+    for header, message in headers.items():
+        save_file({"x": np.zeros(1, np.float32)}, path, {"vidar": header})
+        with pytest.raises(CheckpointError, match=message):
+            load(path)
+
+
 def test_damaged_checkpoint_falls_back_and_says_so(root, capsys, caplog, tmp_path):
     import shutil
 
@@ -160,3 +233,53 @@ def test_help_of_every_command(capsys):
             main([command, "--help"])
         assert stop.value.code == 0
         assert command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.codec.mean=0.0", ["codec.mean=-0.75, now 0.0", "another directory"]),
+        ("--config.video.height=32", ["video.height=32", "16×16"]),
+        ("--config.model.actions.count=3", ["model.actions.count=3", "has action"]),
+        ("--config.evaluation.given=8", ["evaluation.given=8", "8 frames"]),
+        ("--config.evaluation.rows=0", ["evaluation.rows=0"]),
+        ("--config.optimizers.other.name=adamw", ["optimizers.other", "student"]),
+    ],
+)
+def test_mistakes_about_data_and_runs_get_one_line(root, capsys, override, words):
+    workdir = "run" if "now" in words[0] else "never"
+    refused(capsys, train(root, 6, override, workdir=workdir), *words)
+
+
+def test_another_card_does_not_go_on_in_a_trained_directory(root, capsys):
+    refused(capsys, train(root, 6, card="configs/world/diffusion_forcing.py"), "objective", "another directory")
+
+
+def test_a_stream_keeps_what_it_made_before_a_mistake(root, tmp_path, monkeypatch, capsys):
+    import io
+
+    output = tmp_path / "stream.mp4"
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n2\n1\nnorth\n"))
+    arguments = ["stream", "--model", str(root / "run"), "--output", str(output), "--frames", "0", "--actions", "-"]
+    refused(capsys, arguments, "'north'")
+    assert 1 <= len(read_video(output)) <= 3
+    refused(capsys, [*arguments[:-3], "-5"], "--frames=-5")
+
+
+def test_a_stream_stopped_by_its_scheduler_is_complete(root, tmp_path):
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    output = tmp_path / "stream.mp4"
+    command = [sys.executable, "-m", "vidar.cli.main", "stream", "--model", str(root / "run")]
+    with subprocess.Popen([*command, "--output", str(output), "--frames", "0"], stderr=subprocess.DEVNULL) as process:
+        partial = output.with_suffix(".partial.mp4")
+        while not partial.exists() or not partial.stat().st_size:
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert len(read_video(output)) >= 1

@@ -119,6 +119,8 @@ def test_axes_follow_the_config():
     assert endless.visibility == ChunkCausal() & Window(6, 2)
     assert (endless.geometry.capacity, endless.geometry.relative) == (4, True)
     assert streaming_sampler(composed()).context.window == 4
+    with pytest.raises(ConfigError, match="context.window=0 does not align"):
+        streaming_sampler(composed(), window=0)
 
 
 def test_presets_are_filled_in_and_overridden():
@@ -200,6 +202,46 @@ REFUSED = {
     "modulation": (dict(model=MODEL | {"modulation": "film"}), "model.modulation='film' is unknown: use one of table"),
     "norm": (dict(model=MODEL | {"qk_norm": "layer"}), "model.qk_norm='layer' is unknown"),
     "prediction": (dict(model=MODEL | {"prediction": "score"}), "model.prediction='score' is unknown"),
+    "height": (dict(video={"height": 0, "frames": 4, "chunk": 2}), "video.height=0 must be at least 1"),
+    "width": (dict(video={"width": -8, "frames": 4, "chunk": 2}), "video.width=-8 must be at least 1"),
+    "times that ascend": (dict(solver={"kind": "few_step", "times": (250.0, 1000.0)}), "times descend"),
+    "times down to 0": (dict(solver={"kind": "few_step", "times": (1000.0, 0.0)}), "times descend"),
+    "times above 1000": (dict(solver={"kind": "few_step", "times": (2000.0, 500.0)}), "times descend"),
+    "few-step shift": (dict(solver={"kind": "few_step", "shift": 0.0}), "solver.shift=0.0 must be above 0"),
+    "solver's shift": (dict(solver={"kind": "euler", "shift": -1.0}), "solver.shift=-1.0 must be above 0"),
+    "solver's steps": (dict(solver={"kind": "euler", "steps": 0}), "solver.steps=0 must be at least 1"),
+    "weight": (dict(objective={"kind": "diffusion", "weight": "nope"}), "'nope' is unknown: use one of uniform, bump"),
+    "bump's shift": (dict(objective={"kind": "diffusion", "shift": 0.0}), "objective.shift=0.0 must be above 0"),
+    "average": (dict(objective={"kind": "diffusion", "ema": 2.0}), "objective.ema=2.0 must be .* below 1"),
+    "start of the average": (dict(objective={"kind": "diffusion", "ema_start": -5}), "ema_start=-5 must be at least 0"),
+    "context noise": (dict(objective={"kind": "teacher_forcing", "context_noise": 2.0}), "context_noise=2.0 must be"),
+    "negative average": (dict(objective={"kind": "teacher_forcing", "ema": -1.0}), "objective.ema=-1.0 must be"),
+    "generator": (dict(objective={"kind": "self_forcing", "generator_every": 0}), "generator_every=0 must be"),
+    "levels out of order": (
+        dict(objective={"kind": "self_forcing", "low": 0.9, "high": 0.1}),
+        "objective.high=0.1 must be above 0.9",
+    ),
+    "drop": (dict(drop=1.5), "drop=1.5 must be at least 0 and at most 1"),
+    "resampling all that is given": (
+        dict(
+            objective={"kind": "teacher_forcing", "resample": True},
+            visibility={"kind": "teacher_forcing"},
+            context={"window": 6, "sink": 4},
+        ),
+        "leaves none of video.frames=4 to resample",
+    ),
+    "codec's patch": (dict(codec={"patch": 0}), "codec.patch=0 must be at least 1"),
+    "codec's deviation": (dict(codec={"deviation": 0.0}), "codec.deviation=0.0 must be above 0"),
+    "codec's mean": (dict(codec={"mean": float("nan")}), "codec.mean=nan must be finite"),
+    "no heads": (dict(model=MODEL | {"heads": 0}), "model.heads=0 must be at least 1"),
+    "no layers": (dict(model=MODEL | {"layers": -1}), "model.layers=-1 must be at least 1"),
+    "no hidden width": (dict(model=MODEL | {"mlp": 0}), "model.mlp=0 must be at least 1"),
+    "odd time": (dict(model=MODEL | {"time_channels": 3}), "time_channels=3 must be an even number"),
+    "no actions": (dict(model=MODEL | {"actions": {"kind": "discrete", "count": 0}}), "actions.count=0 must be"),
+    "no text": (dict(model=MODEL | {"text": {"length": 0}}), "text.length=0 must be at least 1"),
+    "integers": (dict(model=MODEL | {"precision": {"compute": "int8"}}), "'int8' must be one of float32, bfloat16"),
+    "no type": (dict(model=MODEL | {"precision": {"params": "float99"}}), "'float99' must be one of float32"),
+    "theta": (dict(model=MODEL | {"rope": {"theta": 0.0}}), "rope.theta=0.0 must be above 0"),
 }
 
 

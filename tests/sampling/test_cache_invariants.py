@@ -22,6 +22,7 @@ CASES = {
     "sink": dict(chunk=1, window=4, sink=1),
     "sink, chunk 2": dict(chunk=2, window=6, sink=2),
     "first frame, sink": dict(chunk=3, window=7, sink=1, first=True, frames=10),
+    "first frame, no ring behind it": dict(chunk=3, window=4, sink=1, first=True, frames=10),
     "window is the chunk": dict(chunk=2, window=2),
 }
 

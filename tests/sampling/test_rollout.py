@@ -17,7 +17,7 @@ from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.diffusion.plan import Commit
 from vidar.errors import ConfigError
 from vidar.models.frames import Conditions, Frames
-from vidar.sampling.noise import Purpose, frame_noise
+from vidar.sampling.noise import Purpose, frame_noise, session_keys
 from vidar.sampling.solvers import Euler, FewStep
 
 STEPS = FewStep((1000.0, 600.0, 300.0))
@@ -44,6 +44,11 @@ PLANS = {
     "sink without a ring": (dict(window=2, sink=1), 0),
     "first frame": (dict(frames=10, chunk=3, window=7, sink=1, first=True), 0),
     "first frame, lag 1": (dict(frames=10, chunk=3, window=7, sink=1, first=True, lag=1), 0),
+    "first frame, no ring behind it": (dict(frames=10, chunk=3, window=4, sink=1, first=True), 0),
+    "first frame, no ring behind it, lag 1, fused": (
+        dict(frames=10, chunk=3, window=4, sink=1, first=True, lag=1, commit="fused"),
+        0,
+    ),
     "first image": (dict(frames=7, chunk=3, first=True, commit="fused"), 1),
     "continuation": (dict(chunk=2, window=6, sink=2), 4),
     "continuation, lag 1": (dict(frames=7, window=4, sink=1, lag=1), 3),
@@ -347,11 +352,13 @@ def test_relative_positions_equal_a_stream_whose_frames_are_counted_anew():
         (dict(lag=0), 8, 1, "need a context cache"),
         (dict(lag=0), 4, 0, "lag=0 generates all 8 frames"),
         (dict(), 9, 0, "holds clips of 8 frames"),
+        (dict(), 4, 4, "frames=4 with 4 given ones leave none to generate"),
+        (dict(), 2, 4, "leave none to generate"),
     ],
 )
 def test_clips_that_do_not_fit_are_refused(fields, frames, given, message):
     plan = plan_of(fields)
-    latents, conditions = clip(frames=frames)
+    latents, conditions = clip(frames=max(frames, given))
     with pytest.raises(ConfigError, match=message):
         jax.eval_shape(
             lambda: plan.generate(network(), keys(0, 1), conditions, frames, latents[:, :given] if given else None)
@@ -364,3 +371,22 @@ def test_exit_rows_need_one_chunk_in_flight():
     state = plan.init(network(), keys(0), actions=actions)
     with pytest.raises(ConfigError, match="one chunk in flight"):
         plan.tick(network(), state, Conditions(actions=actions), exit_row=jnp.int32(0))
+
+
+def test_a_single_first_frame_and_a_context_of_it_alone():
+    """Behind a first frame of its own, a window of one more chunk holds nothing but that frame."""
+    plan = sampler(chunk=3, window=4, sink=1, first=True, frames=7)
+    conditions = clip(frames=7)[1]
+    alone = quick_jit(lambda: plan.generate(network(), keys(0, 1), conditions, 1))()
+    whole = quick_jit(lambda: plan.generate(network(), keys(0, 1), conditions, 7))()
+    assert alone.shape == (2, 1, *LATENT)
+    np.testing.assert_allclose(whole[:, :1], alone, atol=1e-5)
+    assert bool(jnp.isfinite(whole).all())
+    given = quick_jit(lambda: plan.generate(network(), keys(0, 1), conditions, 7, alone))()
+    np.testing.assert_allclose(given, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1, 99_999_999_999])
+def test_any_seed_is_folded_into_32_bits(seed):
+    folded = jax.random.key_data(session_keys(seed, 2))
+    np.testing.assert_array_equal(folded, jax.random.key_data(session_keys(jnp.uint32(seed % 2**32), 2)))

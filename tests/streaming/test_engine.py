@@ -252,12 +252,21 @@ def test_plans_that_cannot_be_streamed_are_refused():
 
 @pytest.mark.parametrize(
     "given",
-    [pixels(rows=1), pixels()[:, :, :3], pixels()[:, 0], pixels()[..., :1], np.zeros((2, 1, 8, 8, 3), np.uint8)],
-    ids=["rows", "height", "frames", "channels", "size"],
+    [
+        *(pixels(rows=1), pixels()[:, :, :3], pixels()[:, 0], pixels()[..., :1]),
+        *(np.zeros((2, 1, 8, 8, 3), np.uint8), pixels()[:, :0]),
+    ],
+    ids=["rows", "height", "frames", "channels", "size", "none"],
 )
 def test_given_frames_of_the_wrong_size_are_refused(engine, given):
+    engine.open(seed=1, given=pixels())
+    before = engine.snapshot()
     with pytest.raises(ConfigError, match=r"should be \[2, frames, 4, 4, 3\]"):
         engine.open(given=given)
+    with pytest.raises(ConfigError, match="should be uint8 pixels"):
+        engine.open(given=pixels().astype(np.float32))
+    for kept, found in zip(before["state"], engine.snapshot()["state"], strict=True):
+        np.testing.assert_array_equal(kept, found)
 
 
 def test_given_frames_that_are_not_whole_chunks_are_refused():
@@ -269,7 +278,13 @@ def test_given_frames_that_are_not_whole_chunks_are_refused():
         first.open()
 
 
-@pytest.mark.parametrize("actions", [np.zeros((2, 2)), np.zeros((3, 1)), np.zeros(3), np.zeros((2, 1, 1)), 5, -1])
+@pytest.mark.parametrize(
+    "actions",
+    [
+        *(np.zeros((2, 2), np.int32), np.zeros((3, 1), np.int32), np.zeros(3, np.int32), np.zeros((2, 1, 1), np.int32)),
+        *(5, -1, 2**40, 1.7, np.nan, "left"),
+    ],
+)
 def test_wrong_actions_are_refused(engine, actions):
     engine.open(given=pixels())
     with pytest.raises(ConfigError, match="actions .* should be"):
@@ -289,6 +304,9 @@ def test_snapshots_of_other_engines_are_refused(engine):
     other = Engine(plan(window=3), Floats(), network(), rows=2, compile_now=False)
     fewer = Engine(plan(), Floats(), network(), rows=1, compile_now=False)
     for foreign in (other, fewer):
-        with pytest.raises(ConfigError, match="another model, window or number of sessions"):
+        with pytest.raises(ConfigError, match="same model, window and number of sessions"):
             engine.restore(foreign.snapshot())
+    for nothing in ({}, None):
+        with pytest.raises(ConfigError, match="no snapshot"):
+            engine.restore(nothing)
     assert plan().visibility == ChunkCausal() & Window(4, 1)

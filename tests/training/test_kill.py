@@ -51,21 +51,22 @@ def half_written(workdir: Path) -> bool:
     return any(not (step / "manifest.0.json").exists() for step in steps)
 
 
-def changed(path: Path) -> int:
-    """Time of a file's last change; 0 before there is one."""
-    return path.stat().st_mtime_ns if path.exists() else 0
+def size(path: Path) -> int:
+    """Bytes of a file; 0 before there is one."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def kill(command: list[str], workdir: Path, inside_a_save: bool, generator: random.Random) -> bool:
     """Kills a run at a random instant after it logs; returns whether that was inside a save."""
     log = workdir / "metrics.jsonl"
-    before, process = changed(log), start(command)
-    while changed(log) == before:
+    before, process = size(log), start(command)
+    while (now := size(log)) <= before:  # a run that goes on first cuts the log back to its checkpoint
         if process.poll() is not None:
             pytest.fail(process.communicate()[1])
+        before = now
         time.sleep(0.002)
     time.sleep(generator.uniform(0.05, 1.0))
-    deadline = time.time() + 5.0
+    deadline = time.time() + 20.0
     while inside_a_save and not half_written(workdir) and time.time() < deadline:
         time.sleep(0.0005)
     os.kill(process.pid, signal.SIGKILL)

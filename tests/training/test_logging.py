@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from vidar.errors import CheckpointError
 from vidar.training.logging import MetricWriter, window_means
 
 
@@ -24,8 +25,8 @@ def test_a_resumed_file_drops_later_and_torn_rows(tmp_path):
     for step in (5, 10, 15):
         writer.scalars(step, {"loss": step / 2, "bad": float("nan"), "count": 3})
     writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 20, "lo')
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": \xff}\n{"step": 20, "lo')
     again = MetricWriter(tmp_path, after=10, tensorboard=False)
     again.scalars(15, {"loss": 1.0})
     again.close()
@@ -34,6 +35,12 @@ def test_a_resumed_file_drops_later_and_torn_rows(tmp_path):
         {"step": 10, "loss": 5.0, "bad": None, "count": 3},
         {"step": 15, "loss": 1.0},
     ]
+
+
+def test_a_directory_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is a file, not a directory"):
+        MetricWriter(tmp_path / "file" / "run", tensorboard=False)
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):

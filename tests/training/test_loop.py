@@ -16,6 +16,7 @@ from vidar.checkpoint import load_item
 from vidar.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from vidar.sharding import MeshConfig
 from vidar.training import TrainingConfig, loop, train
+from vidar.training.distributed import only_process
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -30,14 +31,14 @@ def rows(workdir, measured=False):
     return [{key: value for key, value in row.items() if measured or not key.startswith("time/")} for row in lines]
 
 
-def stopping_at(position):
-    """Batches whose reading at a position sends SIGTERM to this process, once."""
+def stopping_at(position, number=signal.SIGTERM):
+    """Batches whose reading at a position sends a signal to this process, once."""
     sent = []
 
-    def on_read(number):
-        if number == position and not sent:
-            sent.append(number)
-            os.kill(os.getpid(), signal.SIGTERM)
+    def on_read(read):
+        if read == position and not sent:
+            sent.append(read)
+            os.kill(os.getpid(), number)
 
     return lambda: Numbers(on_read=on_read)
 
@@ -90,6 +91,32 @@ def test_a_run_stopped_by_sigterm_and_resumed_equals_the_uninterrupted_one(tmp_p
     assert_same(resumed, expected)
     assert rows(tmp_path) == rows(workdir)
     assert_same(train(NOISY.run(), tmp_path), expected)  # nothing is left to do
+
+
+def test_ctrl_c_saves_and_then_interrupts(tmp_path, uninterrupted, caplog):
+    with caplog.at_level(logging.WARNING, "vidar"), pytest.raises(KeyboardInterrupt):
+        train(NOISY.run(batches={"main": stopping_at(6, signal.SIGINT)}), tmp_path)
+    assert any("which is saved" in message for message in caplog.messages)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(train(NOISY.run(), tmp_path), uninterrupted[0])
+
+
+def test_one_process_at_a_time(tmp_path):
+    with only_process(tmp_path), pytest.raises(ConfigError, match="another process trains here"):
+        train(NOISY.run(), tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be the directory of a run"):
+        train(NOISY.run(), tmp_path / "file")
+
+
+def test_another_run_does_not_go_on_in_its_place(tmp_path):
+    run = NOISY.run()
+    identity = {"objective": {"kind": "toy", "noise": 0.3}, "sizes": (1, 2)}
+    first = replace(run, meta={"identity": identity}, training=replace(run.training, steps=3))
+    train(first, tmp_path)
+    with pytest.raises(ConfigError, match=r"a run with objective\.noise=0\.3, now 0\.1"):
+        train(replace(run, meta={"identity": {**identity, "objective": {"kind": "toy", "noise": 0.1}}}), tmp_path)
+    assert int(train(replace(run, meta={"identity": identity}), tmp_path).step) == 12
 
 
 def test_resuming_in_the_middle_of_a_row(tmp_path):

@@ -87,6 +87,14 @@ def test_schedules():
         ({"schedule": "cosine"}, "decay_steps=None"),
         ({"schedule": "cosine", "warmup": 5, "decay_steps": 5}, "decay_steps=5"),
         ({"clip": 0.0}, "clip=0.0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be finite"),
+        ({"beta1": 1.0}, "beta1=1.0 must be at least 0 and below 1"),
+        ({"beta2": 2.0}, "beta2=2.0 must be"),
+        ({"warmup": -1}, "warmup=-1 must be"),
+        ({"final_fraction": 1.5}, "final_fraction=1.5 must be"),
+        ({"eps": 0.0}, "eps=0.0 must be above 0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be"),
     ],
 )
 def test_impossible_choices(choices, message):

@@ -164,7 +164,8 @@ def write(cache: ContextCache, keys: jax.Array, values: jax.Array, active_b: jax
     geometry = cache.geometry
     frames = keys.shape[2] // geometry.tokens
     step = jnp.int32(frames) if active_b is None else frames * active_b.astype(jnp.int32)
-    if not geometry.capacity:
+    if frames > geometry.capacity:
+        # No past is kept but, perhaps, a first frame of its own.
         return replace(cache, count=cache.count + step)
     if geometry.capacity == geometry.sink:
         # Without a ring behind the sink, nothing is kept once the sink is full.

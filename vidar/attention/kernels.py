@@ -21,6 +21,7 @@ from vidar.attention.visibility import STATIC_FIELDS, Layout, Tokens, Visibility
 from vidar.errors import ConfigError
 
 BACKENDS = ("xla", "cudnn", "splash")
+_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
 # Above this many bytes of logits the xla back end maps over heads and frames of queries instead of one product.
 _LOGIT_BYTES = 1 << 27
 
@@ -340,7 +341,7 @@ def attend(
         Output `[b, t, n, d]` in the type of the queries.
 
     Raises:
-        ConfigError: The back end cannot lower the pattern.
+        ConfigError: The back end cannot lower the pattern, or the devices do not have it.
     """
     static = pattern.mask() if mask is None and not pattern.visibility.reads else None
     if static is None and mask is None:
@@ -351,6 +352,8 @@ def attend(
             f"attention backend {pattern.backend!r} runs a cached step only without a mask (one chunk in flight, its "
             "commit in a pass of its own); use backend='xla' for plans with lag < steps or fused commits"
         )
+
+    _check_device(pattern, q_btnd)
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, cached: Sequence[Keys]) -> jax.Array:
         return _local(pattern, static, query, key, value, mask, tuple(cached))
@@ -394,7 +397,11 @@ def attend_all(pattern: Pattern, q_bfpnd: jax.Array, k_bsnd: jax.Array, v_bsnd: 
 
     Returns:
         Output `[b, f, p, n, d]` in the type of the queries.
+
+    Raises:
+        ConfigError: The devices do not have the back end.
     """
+    _check_device(pattern, q_bfpnd)
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         b, f, p, n, d = query.shape
@@ -432,6 +439,24 @@ def on_shards(function: Callable[..., Any], *arguments: Any) -> Any:
     cached = PartitionSpec(None, rows, None, heads, None)
     specs = jax.tree.map(lambda leaf: cached if leaf.ndim == 5 else PartitionSpec(rows), arguments)
     return jax.shard_map(function, in_specs=specs, out_specs=cached, check_vma=False)(*arguments)
+
+
+def _check_device(pattern: Pattern, query: jax.Array) -> None:
+    """Raises ConfigError where the devices that are traced for, which need not exist, lack the back end."""
+    if pattern.backend == "xla" or pattern.interpret:
+        return
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform != _PLATFORMS[pattern.backend]:
+        raise ConfigError(
+            f"attention backend {pattern.backend!r} needs a {_PLATFORMS[pattern.backend].upper()}, these devices are "
+            f"{platform}: use backend='xla'"
+        )
+    if pattern.backend == "cudnn" and (query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] % 8):
+        raise ConfigError(
+            f"attention backend 'cudnn' takes bfloat16 or float16 and heads of a multiple of 8 channels, not "
+            f"{query.dtype} and {query.shape[-1]}: use backend='xla'"
+        )
 
 
 def _dense_of(pattern: Pattern) -> Dense:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
 
 _DIGIT = 256
 _DIGITS = 3
@@ -32,11 +32,14 @@ class RopeConfig:
     theta: float = 10_000.0
     split: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_range("rope.theta", self.theta, above=0)
+
     def axes(self, head_dim: int) -> tuple[int, int, int]:
         """Channels per axis for heads of `head_dim` channels."""
         if self.split:
-            if len(self.split) != 3 or sum(self.split) != head_dim or any(part % 2 for part in self.split):
-                raise ConfigError(f"rope.split={self.split} must be three even numbers that sum to {head_dim}")
+            if len(self.split) != 3 or sum(self.split) != head_dim or any(part % 2 or part < 0 for part in self.split):
+                raise ConfigError(f"rope.split={self.split} must be three even numbers ≥ 0 that sum to {head_dim}")
             return self.split[0], self.split[1], self.split[2]
         part = 2 * (head_dim // 6)
         if head_dim % 2 or not part:

@@ -19,7 +19,7 @@ from vidar.benchmark.report import Percentiles, Record
 from vidar.devices import peak
 from vidar.diffusion.levels import LevelsConfig
 from vidar.diffusion.plan import Commit
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
 from vidar.models import flops
 from vidar.models.codecs.pixel import PixelCodec
 from vidar.models.dit import DiT, DiTConfig, logical_axes
@@ -112,8 +112,10 @@ class Workload:
     frames: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rows < 1:
-            raise ConfigError(f"steps={self.steps} and rows={self.rows} must be at least 1")
+        for name in ("steps", "rows", "window", "layers", "frames"):
+            check_range(name, getattr(self, name), least=1)
+        for name, size in zip(("height", "width"), self.pixels or (), strict=False):
+            check_range(name, size, least=1)
         if self.bench == "stream" and self.commit == "fused" and self.backend != "xla":
             raise ConfigError(
                 f"commit=fused needs a mask, which backend={self.backend} does not lower: use backend=xla"
@@ -296,7 +298,9 @@ class Workload:
             return Batch(latents, self._conditions(self.clip), jnp.arange(self.rows, dtype=jnp.int32))
 
         network = jax.eval_shape(self._network)
-        names = metric_names(objective, axes, phase, {"student": network}, (), jax.eval_shape(batch))
+        # Traced for the mesh's devices, too: the back end asks for them.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            names = metric_names(objective, axes, phase, {"student": network}, (), jax.eval_shape(batch))
         paths = {path: tuple(logical_axes(path, leaf)) for path, leaf in by_path(network).items()}
         optimizer = make_optimizer(OptimizerConfig(), paths)
 

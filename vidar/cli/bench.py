@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from vidar.benchmark.workload import Workload
     from vidar.config import to_dict
     from vidar.devices import enable_compilation_cache
-    from vidar.errors import ConfigError
+    from vidar.errors import ConfigError, make_directory
     from vidar.sharding import make_mesh
 
     if options.topology and not options.lower_only:
@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
     axes = mesh_of(options.mesh)
     if options.lower_only:
         return _lower(workload, axes, options)
+    if options.results:
+        make_directory(options.results)
     enable_compilation_cache()
     mesh = make_mesh(axes, jax.devices() if options.mesh else jax.devices()[:1])
     measure = stream.measure if options.bench == "stream" else train.measure
@@ -93,7 +95,7 @@ def mesh_of(text: str) -> Any:
     sizes = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
-        if axis not in AXES or not size.lstrip("-").isdigit():
+        if axis not in AXES or not size.removeprefix("-").isdecimal():
             raise ConfigError(
                 f"--mesh {text}: {part!r} is not an axis and a size, such as fsdp=4; axes: {', '.join(AXES)}"
             )
@@ -105,10 +107,12 @@ def _lower(workload: Any, axes: Any, options: argparse.Namespace) -> int:
     """Counts, and compiles for a topology where one is named."""
     from vidar.benchmark import lowering, report
     from vidar.benchmark.workload import describe
-    from vidar.errors import ConfigError
+    from vidar.errors import ConfigError, make_directory
 
     if options.results and not options.topology:
         raise ConfigError("--results stores figures of a device: measure without --lower-only, or name a --topology")
+    if options.results:
+        make_directory(options.results)
     mesh = None
     if options.topology:
         mesh = lowering.topology_mesh(options.topology, axes)

@@ -1,7 +1,9 @@
 """`vidar eval`: measures a trained model: control by actions, or the procedural world's exact errors."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,20 +32,26 @@ def _turning(options: argparse.Namespace) -> int:
     from vidar.data.pipeline import DataConfig, make_dataset
     from vidar.data.records import Episodes
     from vidar.devices import enable_compilation_cache
-    from vidar.errors import ConfigError
+    from vidar.errors import ConfigError, check_range, make_directory
     from vidar.evaluation.control import turning
     from vidar.evaluation.sheets import contact_sheet
-    from vidar.system import load
     from vidar.training.experiment import generate_clips
 
+    check_range("--starts", options.starts, least=1)
+    check_range("--given", options.given, least=1)
+    check_range("--frames", options.frames, above=options.given)
+    titles = _titles(options.model)
     enable_compilation_cache()
-    spec = Episodes(options.records, "validation").form.actions
+    form = Episodes(options.records, "validation").form
+    spec = form.actions
     names = () if spec is None else spec.names
     if not {"turn_left", "turn_right"} <= set(names):
         raise ConfigError(
             f"{options.records}: needs actions turn_left and turn_right, has {', '.join(names) or 'none'}"
         )
     left, right = (list(names).index(name) for name in ("turn_left", "turn_right"))
+    models = [_loaded(source, form.size, options.records, max(left, right) + 1) for source in options.model]
+    make_directory(options.output)
     batch = next(
         iter(
             make_dataset(
@@ -61,8 +69,7 @@ def _turning(options: argparse.Namespace) -> int:
     )
     starts = batch["pixels"]
     report = {}
-    for source in options.model:
-        system, model = load(source)
+    for name, (system, model) in zip(titles, models, strict=True):
 
         def generate(given: np.ndarray, actions: np.ndarray, system=system, model=model) -> np.ndarray:
             # Both turns of a start share their seed: the first half of the rows is repeated as the second.
@@ -75,7 +82,6 @@ def _turning(options: argparse.Namespace) -> int:
 
         result = turning(generate, starts, options.frames, left, right)
         control = turning(generate, starts, options.frames, left, right, np.random.default_rng(0))
-        name = Path(source).stem
         report[name] = {
             "right sign": result.share,
             "95 % interval": [result.low, result.high],
@@ -91,26 +97,28 @@ def _turning(options: argparse.Namespace) -> int:
             f"shuffled {control.share:.1%}"
         )
         rows = {}
-        for row in range(4):
+        for row in range(min(4, options.starts)):
             rows |= {f"left {row}": result.videos[row], f"right {row}": result.videos[options.starts + row]}
         contact_sheet(rows, options.output / f"{name}.png", columns=options.frames)
-    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "turning.json").write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
 def _world(options: argparse.Namespace) -> int:
     from vidar.devices import enable_compilation_cache
+    from vidar.errors import check_range
     from vidar.evaluation.world import held_out, score, standing_still
-    from vidar.system import load
     from vidar.training.experiment import generate_clips
 
+    check_range("--clips", options.clips, least=1)
+    check_range("--frames", options.frames, least=2)
     enable_compilation_cache()
     truth = held_out(options.clips, options.frames)
     videos = {"standing still": standing_still(truth)}
-    for source in options.model:
-        system, model = load(source)
-        videos[str(source)] = generate_clips(system, model, truth.actions, truth.pixels[:, :1], options.frames)
+    size, actions = truth.pixels.shape[2:4], int(truth.actions.max()) + 1
+    models = {str(source): _loaded(source, size, "the one-shape world", actions) for source in options.model}
+    for source, (system, model) in models.items():
+        videos[source] = generate_clips(system, model, truth.actions, truth.pixels[:, :1], options.frames)
     for name, video in videos.items():
         summary = score(video, truth).part(1, options.frames).summary()
         cells = "  ".join(
@@ -118,3 +126,37 @@ def _world(options: argparse.Namespace) -> int:
         )
         print(f"{name:32s} {cells}")
     return 0
+
+
+def _titles(sources: Sequence[str]) -> list[str]:
+    """A name for each model's entry and picture: that of its directory, or of its file without the suffix."""
+    import os
+
+    from vidar.errors import ConfigError
+    from vidar.weights import SUFFIX
+
+    titles = [Path(os.path.abspath(source)).name.removesuffix(SUFFIX) for source in sources]
+    twice = sorted({title for title in titles if titles.count(title) > 1})
+    if twice:
+        raise ConfigError(
+            f"--model: several are named {', '.join(twice)}, as their results would be: rename or link one"
+        )
+    return titles
+
+
+def _loaded(source: str, size: Sequence[int], truth: str, actions: int) -> tuple[Any, Any]:
+    """A system and its network, which must know that many actions and make frames of the truth's size."""
+    from vidar.errors import ConfigError
+    from vidar.models.layers import DiscreteActions
+    from vidar.system import load
+
+    system, model = load(source)
+    video, kind = system.config.video, model.config.actions
+    if (video.height, video.width) != tuple(size):
+        raise ConfigError(
+            f"{source}: makes frames of {video.height}×{video.width}, {truth} has {size[0]}×{size[1]}: "
+            "give a model of that size"
+        )
+    if not isinstance(kind, DiscreteActions) or kind.count < actions:
+        raise ConfigError(f"{source}: knows fewer than the {actions} discrete actions of {truth}")
+    return system, model

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; None takes the process's.
 
     Returns:
-        Exit code: 0, or 2 after a mistake that the person can mend.
+        Exit code: 0; 2 after a mistake that the person can mend; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="vidar", description="Autoregressive video diffusion in JAX: train, generate, stream."
@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VidarError as error:
         print(f"vidar {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"vidar {options.command}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         return 0
 

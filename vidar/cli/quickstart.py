@@ -22,7 +22,7 @@ SHIPPED = "world.safetensors"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="receives everything that is made")
-    parser.add_argument("--minutes", type=float, default=3.5, help="time limit of the training from scratch")
+    parser.add_argument("--minutes", type=float, default=3.5, help="time limit of the training from scratch, up to 60")
     parser.add_argument(
         "--remake", action="store_true", help="train the shipped networks again (about an hour), instead"
     )
@@ -33,7 +33,10 @@ def run(options: argparse.Namespace) -> int:
     """Runs the quickstart."""
     from vidar.data.world.builder import prepare
     from vidar.devices import enable_compilation_cache
+    from vidar.errors import ConfigError
 
+    if not 0 < options.minutes <= 60:
+        raise ConfigError(f"--minutes={options.minutes:g} must be above 0 and at most 60")
     enable_compilation_cache()
     start = time.perf_counter()
     output = options.output.resolve()
@@ -56,15 +59,21 @@ def _tour(output: Path, options: argparse.Namespace) -> None:
     from vidar.evaluation.world import held_out
     from vidar.system import load
 
-    _banner(2, f"teacher forcing from scratch, at most {options.minutes} minutes")
-    limit = {"training.max_seconds": 60 * options.minutes, "training.save_every": 10_000, "training.eval_every": 10_000}
-    steps = {"training.steps": 400, "optimizers.student.decay_steps": 400, "training.sample_every": 10_000}
-    _train("teacher_forcing", output / "scratch", output / "data", **limit, **steps)
-
-    _banner(3, "a few self-forcing updates from the shipped student and teacher")
+    quiet = {"training.save_every": 10_000, "training.eval_every": 10_000, "training.sample_every": 10_000}
+    length = {
+        "training.steps": 400,
+        "optimizers.student.decay_steps": 400,
+        "training.max_seconds": 60 * options.minutes,
+    }
+    few = {"training.steps": 11, "training.log_every": 5}
     weights = {"objective.student": str(shipped()), "objective.teacher": str(shipped())}
-    few = {"training.steps": 11, "training.log_every": 5, "training.eval_every": 100, "training.sample_every": 100}
-    _train("self_forcing", output / "self_forcing", output / "data", **weights, **few)
+    # Both are composed before either begins: what does not fit is said at once.
+    scratch = _compose("teacher_forcing", output / "data", **quiet, **length)
+    forced = _compose("self_forcing", output / "data", **quiet, **few, **weights)
+    _banner(2, f"teacher forcing from scratch, at most {options.minutes:g} minutes")
+    _train(scratch, output / "scratch", anew=True)
+    _banner(3, "a few self-forcing updates from the shipped student and teacher")
+    _train(forced, output / "self_forcing", anew=True)
 
     _banner(
         4, f"streaming {STREAMED} frames, {STREAMED / SHIPPED_FRAMES:g} times the training length of the shipped model"
@@ -76,23 +85,26 @@ def _tour(output: Path, options: argparse.Namespace) -> None:
     _show(output, videos, truth)
 
 
-def _train(card: str, workdir: Path, data: Path, **overrides: Any) -> None:
-    """Trains an experiment card of `configs/world` in a directory of its own, from the beginning."""
-    import shutil
-
+def _compose(card: str, data: Path, **overrides: Any) -> Any:
+    """An experiment card of `configs/world` as a run."""
     from vidar.training.experiment import load_run_config, make_run
-    from vidar.training.loop import train
 
-    shutil.rmtree(workdir, ignore_errors=True)
-    _continue(card, workdir, data, load_run_config, make_run, train, overrides)
-
-
-def _continue(
-    card: str, workdir: Path, data: Path, load_run_config: Any, make_run: Any, train: Any, overrides: dict[str, Any]
-) -> None:
     values = {"data.directory": str(data)} | overrides
     config = load_run_config(_card(card), tuple(f"--config.{name}={value}" for name, value in values.items()))
-    train(make_run(config), workdir)
+    return make_run(config)
+
+
+def _train(run: Any, workdir: Path, anew: bool = False) -> None:
+    """Trains, from the beginning or from where it stopped; ends the command where SIGTERM ended the training."""
+    import shutil
+
+    from vidar.training.loop import train
+
+    if anew:
+        shutil.rmtree(workdir, ignore_errors=True)
+    state = train(run, workdir)
+    if run.training.max_seconds is None and int(state.step) < run.training.steps:
+        raise KeyboardInterrupt
 
 
 def _card(name: str) -> Path:
@@ -176,23 +188,23 @@ def _remake(output: Path, options: argparse.Namespace) -> None:
     from vidar.data.world.builder import prepare
     from vidar.evaluation.world import held_out, score
     from vidar.system import load
-    from vidar.training.experiment import load_run_config, make_run, system_dict
-    from vidar.training.loop import train
+    from vidar.training.experiment import system_dict
     from vidar.weights import save_weights
 
     prepare(output / "data16", "one_shape", clips=8192, frames=SHIPPED_FRAMES)
+    runs = output / "remake"
     stages: dict[str, dict[str, Any]] = {
         "teacher_forcing": {},
-        "long": {"objective.start": str(output / "teacher_forcing"), "data.directory": str(output / "data16")},
+        "long": {"objective.start": str(runs / "teacher_forcing"), "data.directory": str(output / "data16")},
         "teacher": {},
-        "self_forcing": {"objective.student": str(output / "long"), "objective.teacher": str(output / "teacher")},
+        "self_forcing": {"objective.student": str(runs / "long"), "objective.teacher": str(runs / "teacher")},
     }
     for number, (card, overrides) in enumerate(stages.items(), start=2):
         _banner(number, f"configs/world/{card}.py (resumes where it stopped)")
-        _continue(card, output / card, output / "data", load_run_config, make_run, train, overrides)
+        _train(_compose(card, output / "data", **overrides), runs / card)
     _banner(6, "the networks, and what they are worth")
-    system, student = load(output / "self_forcing")
-    teacher_system, teacher = load(output / "teacher")
+    system, student = load(runs / "self_forcing")
+    teacher_system, teacher = load(runs / "teacher")
     path = output / SHIPPED
     systems = {"student": system_dict(system.config), "teacher": system_dict(teacher_system.config)}
     save_weights(path, {"student": student, "teacher": teacher}, {"systems": systems}, dtype="bfloat16")

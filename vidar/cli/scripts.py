@@ -9,6 +9,9 @@ import numpy as np
 from vidar.errors import ConfigError, DataError
 from vidar.models.layers import Actions, DiscreteActions
 
+_LONGEST = 1_000_000
+"""Frames that a script may have."""
+
 
 def parse_script(script: str, count: int) -> list[int]:
     """Parses an action script.
@@ -21,19 +24,27 @@ def parse_script(script: str, count: int) -> list[int]:
         One action per frame.
 
     Raises:
-        ConfigError: An action is unknown, or a count is not a positive number.
+        ConfigError: An action is unknown, a count is not a positive number, or the script is too long.
     """
     actions: list[int] = []
     for part in script.split(","):
         action, star, frames = part.strip().partition("*")
-        if not action.isdigit() or int(action) >= count:
+        number, times = _number(action), _number(frames) if star else 1
+        if number is None or number >= count:
             raise ConfigError(
                 f"--actions: {part.strip()!r} is no action of this model; use 0 to {count - 1}, as in '1*8,0*4'"
             )
-        if star and (not frames.isdigit() or int(frames) < 1):
-            raise ConfigError(f"--actions: {part.strip()!r}: after * comes a number of frames, at least 1")
-        actions += [int(action)] * int(frames or 1)
+        if not times or len(actions) + times > _LONGEST:
+            raise ConfigError(
+                f"--actions: {part.strip()!r}: after * comes a number of frames, at least 1, and {_LONGEST} in all"
+            )
+        actions += [number] * times
     return actions
+
+
+def _number(text: str) -> int | None:
+    """A whole number as people write it; None for anything else, and for more digits than are of use."""
+    return int(text) if text.isdecimal() and len(text) <= len(str(_LONGEST)) else None
 
 
 def action_track(kind: Actions | None, script: str | None, frames: int) -> np.ndarray | None:
@@ -83,7 +94,10 @@ def action_ticks(
             line = stdin.readline()
             if not line:
                 return
-            yield np.full((1, chunk), parse_script(line.strip() or "0", kind.count)[0], np.int32)
+            word = line.strip() or "0"
+            if "," in word or "*" in word:
+                raise ConfigError(f"--actions: line {word!r}: write one action number a line, 0 to {kind.count - 1}")
+            yield np.full((1, chunk), parse_script(word, kind.count)[0], np.int32)
         elif kind is None or script is None:
             yield None
         else:

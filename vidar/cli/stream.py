@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Streams."""
+    import signal
     import sys
     import time
 
@@ -36,9 +37,14 @@ def run(options: argparse.Namespace) -> int:
     from vidar.cli.scripts import action_ticks, given_frames
     from vidar.data.video import VideoWriter
     from vidar.devices import enable_compilation_cache
+    from vidar.errors import ConfigError, VidarError
     from vidar.streaming import Engine
     from vidar.system import load, streaming_sampler
 
+    if options.frames < 0:
+        raise ConfigError(f"--frames={options.frames}: a number of frames, or 0 until interrupted")
+    if options.first is None and options.given != 1:
+        raise ConfigError(f"--given={options.given} says how many frames of --first are taken: give --first, too")
     enable_compilation_cache()
     system, model = load(options.model)
     positions = "relative" if options.relative else None
@@ -50,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
     track = action_ticks(model.config.actions, options.actions, sampler.chunk, ticks, sys.stdin)
     opened = time.perf_counter()
     shown, count, first_frame = engine.open(options.seed, given=first), 0, 0.0
+    mistake = None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with VideoWriter(options.output, options.fps) as writer, tqdm(total=options.frames or None, unit="frame") as bar:
         if shown is not None:
             writer.append(shown[0])
@@ -61,6 +69,14 @@ def run(options: argparse.Namespace) -> int:
                 bar.update(frames.shape[1])
         except KeyboardInterrupt:
             print("interrupted: the video so far is complete", file=sys.stderr)
+        except VidarError as error:
+            mistake = error  # such as an action that does not parse: what was made before it is kept
+    if mistake is not None and count:
+        print(f"{options.output}: {count} frames, before this:", file=sys.stderr)
+    if mistake is not None:
+        raise mistake
+    if not count:
+        raise ConfigError("no frame was streamed: the actions ended before the first tick")
     seconds = time.perf_counter() - opened
     compiled = sum(engine.timing.compile.values())
     print(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vidar.data.records import ActionSpec, EpisodeWriter, Format
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
 
 ACTIONS = ActionSpec("discrete", ("none", "turn_left", "turn_right", "move_forward"))
 SCENARIOS = ("health_gathering_supreme", "health_gathering", "my_way_home", "deathmatch")
@@ -60,6 +60,7 @@ def record(
     from tqdm import tqdm
 
     _check(scenario, frames, size, frame_skip, shard_frames)
+    check_range("seed", seed, least=0)
     form = Format((size, size), ACTIONS, encoding, fps=TICKS_PER_SECOND / frame_skip)
     source = {
         "game": "vizdoom",

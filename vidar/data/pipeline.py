@@ -12,7 +12,7 @@ import numpy as np
 
 from vidar.data.records import ActionSpec
 from vidar.data.sources import ClipSource, EpisodeClips, TfdsClips
-from vidar.errors import ConfigError, DataError
+from vidar.errors import ConfigError, DataError, check_range
 
 if TYPE_CHECKING:
     import grain
@@ -33,6 +33,10 @@ class SyntheticConfig:
     height: int = 16
     width: int = 16
     actions: int = 5
+
+    def __post_init__(self):
+        for name, least in (("height", 1), ("width", 1), ("actions", 0)):
+            check_range(name, getattr(self, name), least=least)
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,9 @@ class DataConfig:
         if self.tfds is not None and self.records is not None:
             raise ConfigError(f"tfds={self.tfds!r} and records={self.records!r}: give one of them")
         for name in ("frames", "stride", "batch", "threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least 1")
+            check_range(name, getattr(self, name), least=1)
+        for name in ("cache_megabytes", "seed"):
+            check_range(name, getattr(self, name), least=0)
 
 
 def open_source(config: DataConfig) -> ClipSource:

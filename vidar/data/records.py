@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vidar.data.video import decode_video, encode_video
-from vidar.errors import ConfigError, DataError
+from vidar.errors import ConfigError, DataError, make_directory
 
 SCHEMA = "vidar.episodes.1"
 MANIFEST = "manifest.json"
@@ -94,7 +94,7 @@ class EpisodeWriter:
         self.form = form
         self._header = json.loads(json.dumps({"schema": SCHEMA, "format": asdict(form), "source": dict(source)}))
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
             self._shards = self._resume()
             for left_over in self.directory.glob("*.tmp"):
                 left_over.unlink()

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vidar.errors import DataError
+from vidar.errors import DataError, check_range, make_directory
 
 WATCHABLE_SIDE = 256  # smaller frames are enlarged by whole factors until their shorter side reaches this
+LEAST_FPS, MOST_FPS = 0.01, 1000.0
 QUALITY = 18  # x264's constant rate factor: visually lossless
 FRAGMENTS = "frag_keyframe+empty_moov"
 
@@ -41,20 +42,24 @@ class VideoWriter:
 
     Args:
         path: The file to write, usually `*.mp4`; its folder is created.
-        fps: Frames per second, > 0.
+        fps: Frames per second, in [`LEAST_FPS`, `MOST_FPS`].
         scale: Whole factor by which frames are enlarged (nearest neighbour); None takes `watchable_scale`. Odd sides
             are padded by one repeated row or column, because H.264 stores colour at half resolution.
 
     Raises:
+        ConfigError: There is no such rate.
         DataError: The file cannot be written.
     """
 
     def __init__(self, path: str | Path, fps: float, scale: int | None = None):
+        check_range("fps", fps, least=LEAST_FPS, most=MOST_FPS)
         self.path = Path(path)
+        if self.path.is_dir():
+            raise DataError(f"{self.path}: a directory; give a file to write, such as clip.mp4")
+        make_directory(self.path.parent)
         self._partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         self._closed = False
         with self._report():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.touch()
             self._encoder = _Encoder(str(self._partial), fps, scale, growing=True)
 
@@ -132,8 +137,10 @@ def read_video(path: str | Path) -> np.ndarray:
     Raises:
         DataError: No such file, or it holds no video that can be decoded.
     """
+    if Path(path).is_dir():
+        raise DataError(f"{path}: a directory; give an image or video file")
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such video file")
+        raise DataError(f"{path}: no such image or video file")
     return _decode(str(path), where=str(path))
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vidar.errors import make_directory
+
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
@@ -15,9 +17,12 @@ def replaced(path: str | Path) -> Iterator[Path]:
 
     Yields:
         A path in the same directory with the same suffix; if writing it fails, the old file stays as it was.
+
+    Raises:
+        DataError: Its directory cannot be made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield unfinished

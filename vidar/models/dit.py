@@ -20,7 +20,7 @@ from vidar.attention.kernels import Pattern
 from vidar.attention.rope import RopeConfig
 from vidar.attention.visibility import Tokens, Visibility, frame_mask
 from vidar.diffusion import flow
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
 from vidar.models.frames import Conditions, Frames
 from vidar.models.layers import (
     MLP,
@@ -49,6 +49,10 @@ class TextConfig:
 
     width: int = 4096
     length: int = 512
+
+    def __post_init__(self) -> None:
+        check_range("text.width", self.width, least=1)
+        check_range("text.length", self.length, least=1)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class DiTConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "mlp", "channels", "patch", "classes"):
+            check_range(f"model.{name}", getattr(self, name), least=1)
+        if self.time_channels < 2 or self.time_channels % 2:
+            raise ConfigError(f"model.time_channels={self.time_channels} must be an even number of at least 2")
         if self.width % self.heads:
             raise ConfigError(f"model.width={self.width} must be a multiple of model.heads={self.heads}")
         choices = {
@@ -114,7 +122,7 @@ class DiTConfig:
 
     def tokens(self, height: int, width: int) -> int:
         """Tokens of a frame of `height` × `width` latents."""
-        if height % self.patch or width % self.patch:
+        if min(height, width) < 1 or height % self.patch or width % self.patch:
             raise ConfigError(f"latents of {height}×{width} do not divide into patches of {self.patch}×{self.patch}")
         return height // self.patch * (width // self.patch)
 

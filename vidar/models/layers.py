@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
+
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Precision:
 
     params: str = "float32"
     compute: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("params", "compute"):
+            if getattr(self, name) not in FLOATS:
+                raise ConfigError(f"precision.{name}={getattr(self, name)!r} must be one of {', '.join(FLOATS)}")
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -178,6 +185,9 @@ class DiscreteActions:
     kind: ClassVar[str] = "discrete"
     count: int
 
+    def __post_init__(self) -> None:
+        check_range("actions.count", self.count, least=1)
+
 
 @dataclass(frozen=True)
 class MultiBinaryActions:
@@ -186,6 +196,9 @@ class MultiBinaryActions:
     kind: ClassVar[str] = "multi_binary"
     count: int
 
+    def __post_init__(self) -> None:
+        check_range("actions.count", self.count, least=1)
+
 
 @dataclass(frozen=True)
 class ContinuousActions:
@@ -193,6 +206,9 @@ class ContinuousActions:
 
     kind: ClassVar[str] = "continuous"
     count: int
+
+    def __post_init__(self) -> None:
+        check_range("actions.count", self.count, least=1)
 
 
 Actions = DiscreteActions | MultiBinaryActions | ContinuousActions

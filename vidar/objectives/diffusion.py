@@ -11,15 +11,25 @@ from typing import ClassVar
 import jax
 
 from vidar.diffusion import flow
+from vidar.errors import ConfigError, check_range
 from vidar.models.frames import Batch, Frames
 from vidar.objectives import targets
-from vidar.objectives.protocol import Aux, Metrics, Networks, Phase, Role
+from vidar.objectives.protocol import Aux, Metrics, Networks, Phase, Role, check_average
 from vidar.sampling.axes import Axes
+
+WEIGHTS = ("uniform", "bump")
 
 
 def loss_weight(name: str, shift: float, level_bf: jax.Array) -> jax.Array:
     """Weight of each frame's error: `uniform`, or the `bump` around level 1/2 of the field's baselines."""
     return flow.bump_weight(level_bf, shift) if name == "bump" else jax.numpy.ones_like(level_bf)
+
+
+def check_weight(name: str, shift: float) -> None:
+    """Raises ConfigError where there is no such loss weight."""
+    if name not in WEIGHTS:
+        raise ConfigError(f"objective.weight={name!r} is unknown: use one of {', '.join(WEIGHTS)}")
+    check_range("objective.shift", shift, above=0)
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,10 @@ class Diffusion:
     ema: float | None = 0.999
     ema_start: int = 0
     start: str = "init"
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight, self.shift)
+        check_average(self.ema, self.ema_start)
 
     @property
     def roles(self) -> Mapping[str, Role]:

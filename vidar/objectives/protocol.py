@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import jax
 
+from vidar.errors import check_range
+
 Networks = Mapping[str, Any]
 Metrics = Mapping[str, jax.Array]
 Aux = Any
@@ -34,6 +36,9 @@ class Role:
     ema_start: int = 0
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        check_average(self.ema, self.ema_start)
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -52,6 +57,12 @@ class Phase:
     trainable: Callable[[str], bool] | None = None
     batch: str = "main"
     reset_optimizer: bool = False
+
+
+def check_average(ema: float | None, ema_start: int) -> None:
+    """Raises ConfigError where there is no such moving average."""
+    check_range("objective.ema", ema, least=0, below=1)
+    check_range("objective.ema_start", ema_start, least=0)
 
 
 class Objective(Protocol):

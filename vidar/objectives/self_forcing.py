@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.diffusion import flow
+from vidar.errors import check_range
 from vidar.models.frames import Batch, Conditions, Frames, repeat_rows
 from vidar.objectives import targets
-from vidar.objectives.protocol import Aux, Metrics, Networks, Phase, Role
+from vidar.objectives.protocol import Aux, Metrics, Networks, Phase, Role, check_average
 from vidar.sampling.axes import Axes
 from vidar.sampling.guidance import UNGUIDED, Guidance, combine, fold
 
@@ -50,6 +51,14 @@ class SelfForcing:
     guidance: Guidance = UNGUIDED
     ema: float | None = 0.99
     ema_start: int = 200
+
+    def __post_init__(self) -> None:
+        check_range("objective.given", self.given, least=0)
+        check_range("objective.generator_every", self.generator_every, least=1)
+        check_range("objective.low", self.low, least=0, below=1)
+        check_range("objective.high", self.high, above=self.low, most=1)
+        check_range("objective.shift", self.shift, above=0)
+        check_average(self.ema, self.ema_start)
 
     @property
     def roles(self) -> Mapping[str, Role]:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from vidar.attention.visibility import CLEAN
 from vidar.diffusion import flow
+from vidar.errors import check_range
 from vidar.models.frames import Batch, Frames
 from vidar.objectives import targets
-from vidar.objectives.diffusion import loss_weight
-from vidar.objectives.protocol import Aux, Metrics, Networks, Phase, Role
+from vidar.objectives.diffusion import check_weight, loss_weight
+from vidar.objectives.protocol import Aux, Metrics, Networks, Phase, Role, check_average
 from vidar.sampling.axes import Axes
 
 
@@ -44,6 +45,11 @@ class TeacherForcing:
     ema: float | None = 0.999
     ema_start: int = 0
     start: str = "init"
+
+    def __post_init__(self) -> None:
+        check_range("objective.context_noise", self.context_noise, least=0, most=1)
+        check_weight(self.weight, self.shift)
+        check_average(self.ema, self.ema_start)
 
     @property
     def roles(self) -> Mapping[str, Role]:

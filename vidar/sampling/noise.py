@@ -46,5 +46,7 @@ def frame_noise(
 
 
 def session_keys(seed: int | UInt32[Array, ""], rows: int) -> Key[Array, " b"]:
-    """Keys `[b]` of `rows` sessions that share nothing: seed, seed + 1, ..."""
+    """Keys `[b]` of `rows` sessions that share nothing: seed, seed + 1, ..., all modulo 2³²."""
+    if isinstance(seed, int):
+        seed %= 2**32
     return jax.vmap(jax.random.key)(jnp.uint32(seed) + jnp.arange(rows, dtype=jnp.uint32))

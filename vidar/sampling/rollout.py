@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vidar.attention.cache import ContextConfig, Geometry, init_cache
 from vidar.attention.visibility import Visibility, chunk_layout
 from vidar.diffusion.plan import Commit, TickProgram, tick_program
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
 from vidar.models.frames import Conditions
 from vidar.sampling.flight import Chunk, Flight, State, cut
 from vidar.sampling.guidance import UNGUIDED, Guidance, fold
@@ -275,9 +275,9 @@ class Sampler:
             Latents `[b, frames, h, w, c]`; the first ones are the given ones.
 
         Raises:
-            ConfigError: The frames are not whole chunks, or do not fit the plan or an *append* context.
+            ConfigError: The frames are not whole chunks, are all given, or do not fit the plan or an *append* context.
         """
-        self._check_clip(frames)
+        self._check_clip(frames, 0 if given is None else given.shape[1])
         conditions = self.encode(model, conditions)
         state = self.init(model, key_b, actions=conditions.actions, limit=frames)
         start, parts = 0, []
@@ -294,10 +294,15 @@ class Sampler:
         chunks, rest = divmod(frames - start, self.chunk)
         if rest and self.program.lag:
             raise ConfigError(f"{frames - start} frames to generate are not whole chunks of {self.chunk}")
+        if self.program.lag and not chunks:
+            return jnp.concatenate(parts, axis=1)
         _, latents = self.rollout(model, state, conditions.frames(start, frames), chunks)
         return jnp.concatenate([*parts, latents], axis=1)
 
-    def _check_clip(self, frames: int) -> None:
+    def _check_clip(self, frames: int, given: int) -> None:
+        check_range("frames", frames, least=1)
+        if frames <= given:
+            raise ConfigError(f"frames={frames} with {given} given ones leave none to generate: ask for more frames")
         if not self.program.lag and frames != self.frames:
             raise ConfigError(f"a plan with lag=0 generates all {self.frames} frames of a clip at once, not {frames}")
         if self.context.window is None and frames > self.frames:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vidar.diffusion import flow
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Euler:
     stochastic: ClassVar[bool] = False
     steps: int = 50
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("solver.steps", self.steps, least=1)
+        check_range("solver.shift", self.shift, above=0)
 
     @property
     def levels(self) -> np.ndarray:
@@ -62,6 +66,10 @@ class FewStep:
     stochastic: ClassVar[bool] = True
     times: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_range("solver.shift", self.shift, above=0)
+        flow.few_step_levels(self.times, self.shift)
 
     @property
     def steps(self) -> int:

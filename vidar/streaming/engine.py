@@ -59,6 +59,8 @@ class Engine:
         Raises:
             ConfigError: The plan generates whole clips, or the network needs text.
         """
+        if not isinstance(rows, int) or rows < 1:
+            raise ConfigError(f"rows={rows!r} must be a number of sessions, at least 1")
         if not sampler.program.lag:
             raise ConfigError("a stream needs a plan with lag > 0; lag=0 generates whole clips")
         if (model.config.text is None) != (text is None) or (text is not None and len(text) != rows):
@@ -96,22 +98,29 @@ class Engine:
             The given frames as the codec shows them, or None.
 
         Raises:
-            ConfigError: The frames are not whole chunks, or have the wrong size.
+            ConfigError: The frames are not whole chunks, or have the wrong size or type; running sessions go on.
         """
-        self._state, self._codec_state = self._fresh(seed)
         if given is None:
             if self.sampler.first:
                 raise ConfigError("independent_first_frame: give the first frame of the stream")
+            self._state, self._codec_state = self._fresh(seed)
             return None
+        pixels = np.asarray(given)
         height, width = (size * self.codec.patch for size in self.sampler.latent[:2])
-        if given.ndim != 5 or (given.shape[0], *given.shape[2:]) != (self.rows, height, width, 3):
+        wanted = (self.rows, height, width, 3)
+        if pixels.ndim != 5 or (pixels.shape[0], *pixels.shape[2:]) != wanted or not pixels.shape[1]:
             raise ConfigError(
-                f"given frames {tuple(given.shape)} should be [{self.rows}, frames, {height}, {width}, 3] pixels"
+                f"given frames {list(pixels.shape)} should be [{self.rows}, frames, {height}, {width}, 3] pixels"
             )
-        pixels = self._place(np.asarray(given))
-        conditions = Conditions(actions=self._actions(actions, given.shape[1]), text=self._text)
-        self._state = self._run("prefill", given.shape[1], self._model, self._state, pixels, conditions)
-        return np.asarray(given)
+        if pixels.dtype != np.uint8:
+            raise ConfigError(f"given frames are {pixels.dtype}, they should be uint8 pixels")
+        conditions = Conditions(actions=self._actions(actions, pixels.shape[1]), text=self._text)
+        placed = self._place(pixels)
+        # Compiling refuses frames that are not whole chunks; only then are the running sessions given up.
+        self._ready("prefill", pixels.shape[1], self._model, self._state, placed, conditions)
+        self._state, self._codec_state = self._fresh(seed)
+        self._state = self._run("prefill", pixels.shape[1], self._model, self._state, placed, conditions)
+        return pixels
 
     def tick(self, actions: np.ndarray | None = None) -> jax.Array:
         """Generates the next chunk of every session.
@@ -172,9 +181,9 @@ class Engine:
         """
         template = replace(self._state, key=jax.random.key_data(self._state.key))
         leaves, tree = jax.tree.flatten(template)
-        given = snapshot["state"]
+        given = snapshot.get("state", ()) if isinstance(snapshot, dict) else ()
         if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in given]:
-            raise ConfigError("the snapshot was made with another model, window or number of sessions")
+            raise ConfigError("this is no snapshot of an engine with the same model, window and number of sessions")
         state = jax.tree.unflatten(tree, [self._place(leaf) for leaf in given])
         self._state = replace(state, key=jax.random.wrap_key_data(state.key))
         self._codec_state = jax.tree.map(self._place, snapshot["codec"])
@@ -207,12 +216,16 @@ class Engine:
         return next(value for (kind, _), value in self._compiled.items() if kind == name)
 
     def _run(self, name: str, size: Any, *arguments: Any) -> Any:
+        return self._ready(name, size, *arguments)(*arguments)
+
+    def _ready(self, name: str, size: Any, *arguments: Any) -> Any:
+        """The executable for arguments like these, compiled at its first use."""
         key = (name, size)
         if key not in self._compiled:
             start = time.perf_counter()
             self._compiled[key] = self._jitted(name).lower(*arguments).compile()
             self.timing.compile[name] = time.perf_counter() - start
-        return self._compiled[key](*arguments)
+        return self._compiled[key]
 
     def _jitted(self, name: str) -> Any:
         sampler, codec = self.sampler, self.codec
@@ -262,11 +275,13 @@ class Engine:
             return None
         if actions is None:
             return self._place(idle)
-        array = np.asarray(actions, idle.dtype)
+        array = np.asarray(actions)
+        if array.dtype.kind not in {"i": "iu", "b": "biu", "f": "iuf"}[idle.dtype.kind]:
+            raise ConfigError(f"actions of type {array.dtype} should be {idle.dtype}")
         # A trailing shape, such as one value for all, is repeated; nothing is stretched.
         if array.shape != idle.shape[idle.ndim - array.ndim :]:
             raise ConfigError(f"actions {array.shape} should be {idle.shape}")
         kind = self._model.config.actions
         if isinstance(kind, DiscreteActions) and not np.all((array >= 0) & (array < kind.count)):
             raise ConfigError(f"actions {array.tolist()} should be in 0 … {kind.count - 1}")
-        return self._place(np.ascontiguousarray(np.broadcast_to(array, idle.shape)))
+        return self._place(np.ascontiguousarray(np.broadcast_to(array.astype(idle.dtype), idle.shape)))

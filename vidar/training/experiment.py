@@ -23,6 +23,7 @@ from vidar.evaluation.sheets import contact_sheet
 from vidar.models.dit import DiTConfig, logical_axes
 from vidar.models.flops import PATTERNS, shape_of, training_flops
 from vidar.models.frames import Conditions
+from vidar.models.layers import DiscreteActions
 from vidar.sampling.noise import session_keys
 from vidar.sharding import MeshConfig
 from vidar.system import OnData, System, SystemConfig, compose, load, system_config
@@ -52,6 +53,11 @@ class EvaluationConfig:
     given: int = 1
     frames: int | None = None
     rows: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "given", "rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"evaluation.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,9 @@ def make_run(config: RunConfig) -> Run:
     system = compose(config)
     _check_data(config)
     _check_mesh(config)
+    _check_evaluation(config)
     objective = OnData(system)
+    _check_optimizers(config, objective)
     trained = {role for role, choice in objective.roles.items() if choice.optimizer is not None}
     weights = {role: _start(system, role, choice.source) for role, choice in objective.roles.items()}
     frozen = {role: weight for role, weight in weights.items() if role not in trained}
@@ -110,7 +118,7 @@ def make_run(config: RunConfig) -> Run:
         build={role: partial(system.build, role) for role in trained},
         logical_axes=logical_axes,
         batches={name: _factory(config.data, index) for index, name in enumerate(BATCHES) if name in names},
-        prepare_batch=partial(_numeric, config.model),
+        prepare_batch=partial(_numeric, config),
         training=config.training,
         optimizers=config.optimizers,
         frozen=frozen,
@@ -118,7 +126,7 @@ def make_run(config: RunConfig) -> Run:
         evaluate=evaluate,
         sample=sample,
         mesh=config.mesh,
-        meta={"config": system_dict(config), "run": to_dict(config)},
+        meta={"config": system_dict(config), "run": to_dict(config), "identity": _identity(config)},
         flops_per_step=_flops_per_step(config, system),
         tokens_per_step=float(config.data.batch * config.video.frames * system.sampler.tokens),
     )
@@ -127,6 +135,17 @@ def make_run(config: RunConfig) -> Run:
 def system_dict(config: SystemConfig) -> dict[str, Any]:
     """The system's part of a config, as saved with its weights."""
     return to_dict(SystemConfig(**{entry.name: getattr(config, entry.name) for entry in fields(SystemConfig)}))
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What makes a run that goes on the same run: the system, but for where it computes and what it started from."""
+    identity = system_dict(config)
+    for role in ("model", "teacher"):
+        for free in ("backend", "remat"):
+            (identity[role] or {}).pop(free, None)
+    for source in ("start", "student", "teacher"):
+        identity["objective"].pop(source, None)
+    return identity
 
 
 def generate_clips(
@@ -233,8 +252,20 @@ def _factory(config: DataConfig, index: int) -> Callable[[], Any]:
     return lambda: iter(make_dataset(stream, jax.process_index(), jax.process_count()))
 
 
-def _numeric(model: DiTConfig, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _numeric(config: RunConfig, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What the network can take: pixels or latents, index, and its conditions."""
+    model, video = config.model, config.video
+    size = batch["pixels"].shape[2:4] if "pixels" in batch else (video.height, video.width)
+    if size != (video.height, video.width):
+        raise ConfigError(
+            f"video.height={video.height} and video.width={video.width}, but the data has {size[0]}×{size[1]} pixels"
+        )
+    if isinstance(model.actions, DiscreteActions) and "actions" in batch:
+        largest = int(np.max(batch["actions"]))
+        if largest >= model.actions.count:
+            raise ConfigError(
+                f"model.actions.count={model.actions.count}, but the data has action {largest}: use {largest + 1}"
+            )
     wanted = {"pixels", "latents", "index"}
     wanted |= {"actions"} if model.actions else set()
     wanted |= {"label"} if model.classes else set()
@@ -256,6 +287,28 @@ def _check_data(config: RunConfig) -> None:
         raise ConfigError(
             f"data.batch={config.data.batch} does not split into training.accumulate={config.training.accumulate} parts"
         )
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    choice, video = config.evaluation, config.video
+    frames = choice.frames or video.frames
+    if not _evaluates(config):
+        return
+    if choice.given >= frames:
+        raise ConfigError(f"evaluation.given={choice.given} leaves none of {frames} frames to generate")
+    head = int(video.independent_first_frame)
+    if choice.given < head or (choice.given - head) % video.chunk or (frames - head) % video.chunk:
+        raise ConfigError(
+            f"evaluation.given={choice.given} of {frames} frames are not whole chunks of {video.chunk}: "
+            f"give {head or video.chunk}"
+        )
+
+
+def _check_optimizers(config: RunConfig, objective: OnData) -> None:
+    used = {choice.optimizer for choice in objective.roles.values() if choice.optimizer is not None}
+    unused = sorted(set(config.optimizers) - used)
+    if unused:
+        raise ConfigError(f"optimizers.{unused[0]}: no role uses it; the objective's are {', '.join(sorted(used))}")
 
 
 def _check_mesh(config: RunConfig) -> None:

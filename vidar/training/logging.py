@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vidar.errors import CheckpointError
+from vidar.errors import CheckpointError, make_directory
 
 _logger = logging.getLogger("vidar")
 
@@ -73,7 +73,7 @@ class MetricWriter:
         if jax.process_index() != 0:
             return
         with self._writing():
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory, CheckpointError)
             _drop_rows(self._path, after)
             self._file = self._path.open("a")
             if tensorboard:
@@ -166,15 +166,15 @@ def _drop_rows(path: Path, after: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= after:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.writelines(line + "\n" for line in kept)
+    with temporary.open("wb") as file:
+        file.writelines(line + b"\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

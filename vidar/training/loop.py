@@ -4,6 +4,7 @@ It knows the objective's contract, batch iterators and networks by role, and not
 (SIGTERM, a kill, a full disk) costs at most the steps since the last checkpoint, and nothing of their outcome.
 """
 
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from vidar.objectives.protocol import Objective, Phase
 from vidar.sharding import MeshConfig, Rules, make_mesh, shardings
 from vidar.training.batches import Batches, BatchIterator
 from vidar.training.config import TrainingConfig
+from vidar.training.distributed import only_process
 from vidar.training.logging import MetricWriter
 from vidar.training.optimizers import Optimizer, OptimizerConfig, make_optimizer
 from vidar.training.report import Reporter
@@ -68,7 +70,7 @@ class Run:
         sample: Likewise, for sample sheets.
         mesh: Sizes of the mesh axes.
         rules: Logical axes to mesh axes.
-        meta: Saved with every checkpoint; JSON.
+        meta: Saved with every checkpoint; JSON. What is under `identity` must be the same when the run goes on.
         flops_per_step: Counted FLOPs of one step on all devices, for the utilisation.
         tokens_per_step: Tokens of one step, for the throughput.
     """
@@ -95,7 +97,7 @@ class Run:
 def train(run: Run, workdir: str | Path) -> TrainState:
     """Trains to the last step, from the newest checkpoint in `workdir` if there is one.
 
-    SIGTERM ends it after the running step with a checkpoint.
+    SIGTERM or Ctrl-C ends it after the running step with a checkpoint.
 
     Args:
         run: What to train.
@@ -105,10 +107,11 @@ def train(run: Run, workdir: str | Path) -> TrainState:
         The state after the last step done.
 
     Raises:
-        ConfigError: The run cannot work as configured.
+        ConfigError: The run cannot work as configured, or another process trains in `workdir`.
         CheckpointError: Checkpoints cannot be written or read.
         DataError: The batches ended or are broken.
         DivergenceError: Too many updates in a row were not finite.
+        KeyboardInterrupt: Ctrl-C, after the checkpoint.
     """
     workdir = Path(workdir)
     _check_roles(run)
@@ -116,7 +119,7 @@ def train(run: Run, workdir: str | Path) -> TrainState:
     # ---------------------------------------------------------------- Mesh
     mesh = make_mesh(run.mesh)
     _logger.info("mesh %s over %d %s", dict(mesh.shape), mesh.size, mesh.devices.flat[0].device_kind)
-    with jax.set_mesh(mesh), StopSignal(run.training.max_seconds) as stop:
+    with jax.set_mesh(mesh), only_process(workdir), StopSignal(run.training.max_seconds) as stop:
         # ------------------------------------------------------------ Data
         batches = Batches(run.batches, run.prepare_batch, mesh, run.rules)
 
@@ -128,6 +131,8 @@ def train(run: Run, workdir: str | Path) -> TrainState:
         meta = _meta(run, frozen)
         state = _restored(checkpoints, program, batches, meta) or program.initialise()
         start = int(state.step)
+        if start >= run.training.steps:
+            _logger.info("nothing to do: step %d of %d is done", start, run.training.steps)
 
         # ------------------------------------------------------------ Steps
         writer = MetricWriter(workdir, after=start, tensorboard=run.training.tensorboard)
@@ -358,6 +363,17 @@ def _meta(run: Run, frozen: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _first_difference(saved: Any, given: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """Returns the first place where two configurations differ, with both values; None where one is not known."""
+    if not (isinstance(saved, dict) and isinstance(given, dict)):
+        return None if saved == given or not path else (path, saved, given)
+    for key in dict.fromkeys([*saved, *given]):
+        found = _first_difference(saved.get(key), given.get(key), f"{path}.{key}" if path else key)
+        if found is not None:
+            return found
+    return None
+
+
 def _restored(checkpoints: Checkpoints, program: _Program, batches: Batches, meta: Any) -> TrainState | None:
     """Restores the newest whole checkpoint and moves the batches to it; None where there is none."""
     if checkpoints.latest() is None:
@@ -366,6 +382,12 @@ def _restored(checkpoints: Checkpoints, program: _Program, batches: Batches, met
     if program.abstract.ema:
         templates["ema"] = program.abstract.ema
     step, items = checkpoints.restore(None, templates)
+    changed = _first_difference(items["meta"].get("identity"), json.loads(json.dumps(meta.get("identity"))))
+    if changed is not None:
+        raise ConfigError(
+            f"this directory holds a run with {changed[0]}={changed[1]}, now {changed[2]}: "
+            "go on with the same card, or start in another directory (as objective.start, if its weights are wanted)"
+        )
     for role, frozen in meta["frozen"].items():
         saved = items["meta"]["frozen"].get(role)
         if saved is None or saved["fingerprint"] != frozen["fingerprint"]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
 
 Parameters = dict[str, jax.Array]
 
@@ -49,13 +49,18 @@ class OptimizerConfig:
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("learning_rate", "warmup", "weight_decay"):
+            check_range(name, getattr(self, name), least=0)
+        for name in ("beta1", "beta2"):
+            check_range(name, getattr(self, name), least=0, below=1)
+        check_range("final_fraction", self.final_fraction, least=0, most=1)
+        check_range("eps", self.eps, above=0)
         if self.schedule == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup):
             raise ConfigError(
                 f"decay_steps={self.decay_steps}: a cosine schedule needs the update at which it ends, "
                 f"after its warm-up of {self.warmup}"
             )
-        if self.clip is not None and self.clip <= 0:
-            raise ConfigError(f"clip={self.clip} must be positive, or None for no clipping")
+        check_range("clip", self.clip, above=0)
 
 
 @dataclass(frozen=True)

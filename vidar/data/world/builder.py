@@ -6,8 +6,11 @@ other, by name (`vidar/data/pipeline.py`).
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +22,7 @@ from tqdm import tqdm
 from vidar.data.world.captions import caption
 from vidar.data.world.rendering import render
 from vidar.data.world.simulation import ACTIONS, WorldConfig, sample_actions, simulate
-from vidar.errors import ConfigError, DataError
+from vidar.errors import ConfigError, DataError, check_range, make_directory
 
 NAME = "vidar_world"
 WORLDS = {"one_shape": WorldConfig(), "shapes": WorldConfig(size=32, shapes=3)}
@@ -113,8 +116,9 @@ def prepare(
     """
     if config not in WORLDS:
         raise ConfigError(f"{NAME}/{config}: no such config; known are {', '.join(WORLDS)}")
-    if min(clips, validation_clips) < 1 or not 0 <= seed < 2**31:
-        raise ConfigError(f"clips={clips}, validation_clips={validation_clips} and seed={seed} must be positive")
+    for name, count in (("clips", clips), ("validation_clips", validation_clips)):
+        check_range(name, count, least=1, most=2**31)
+    check_range("seed", seed, least=0, below=2**31)
     builder = VidarWorld(
         clips={"train": clips, "validation": validation_clips},
         frames=frames,
@@ -124,17 +128,34 @@ def prepare(
         file_format="array_record",
     )
     target = Path(builder.data_dir)
+    make_directory(target.parent)
     if builder.info.metadata["settings"] != json.dumps(builder.settings, sort_keys=True):
         raise DataError(f"{target}: holds a set of other settings; choose another directory, or delete this one")
     tfds.disable_progress_bar()  # its bars count splits and shuffles; the one that matters is in _generate_examples
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it would announce a download of unknown size
+        # Its standard output would announce a download of unknown size.
+        with _alone(target), contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except OSError as error:
         raise DataError(f"{target}: cannot write: {error.strerror}") from error
     finally:
         tfds.enable_progress_bar()
     return target
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Keeps other processes from making the same set, and removes what killed ones left of it."""
+    lock = os.open(target.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left_over in target.parent.glob(f"incomplete.*_{target.name}"):
+            shutil.rmtree(left_over)
+        yield
+    except BlockingIOError as error:
+        raise DataError(f"{target}: another process is making this set; wait for it") from error
+    finally:
+        os.close(lock)
 
 
 def clip_seed(seed: int, split: str, number: int) -> int:

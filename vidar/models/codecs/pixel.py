@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class PixelCodec:
     mean: float = 0.0
     deviation: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_range("codec.patch", self.patch, least=1)
+        check_range("codec.mean", self.mean)
+        check_range("codec.deviation", self.deviation, above=0)
+
     @property
     def channels(self) -> int:
         """Latent channels."""
@@ -36,7 +41,7 @@ class PixelCodec:
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Latent height and width of a frame of `height` × `width` pixels."""
-        if height % self.patch or width % self.patch:
+        if min(height, width) < 1 or height % self.patch or width % self.patch:
             raise ConfigError(f"frames of {height}×{width} pixels do not divide into patches of {self.patch}")
         return height // self.patch, width // self.patch
 

@@ -1,0 +1,30 @@
+"""What ships with the package fits the cards that go on from it, and the quickstart refuses nonsense at once."""
+
+import pytest
+
+from vidar.cli.main import main
+from vidar.cli.quickstart import shipped
+from vidar.system import load
+from vidar.training.experiment import load_run_config
+
+
+@pytest.mark.parametrize(("role", "card"), [("student", "self_forcing"), ("student", "long"), ("teacher", "teacher")])
+def test_shipped_weights_fit_the_cards(role, card):
+    system, _ = load(shipped(), role)
+    config = load_run_config(f"configs/world/{card}.py")
+    assert system.config.model == config.model
+    assert system.config.codec == config.codec
+    assert (system.config.video.height, system.config.video.width) == (config.video.height, config.video.width)
+    if role == "student":
+        assert system.config.context == config.context
+
+
+def test_shipped_weights_are_small():
+    assert shipped().stat().st_size <= 4.5e6
+
+
+@pytest.mark.parametrize("minutes", ["nan", "0", "-1", "61"])
+def test_nonsense_is_refused_before_anything_is_made(minutes, tmp_path, capsys):
+    assert main(["quickstart", "--output", str(tmp_path / "tour"), "--minutes", minutes]) == 2
+    assert "--minutes=" in capsys.readouterr().err
+    assert not (tmp_path / "tour").exists()
