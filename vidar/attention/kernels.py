@@ -441,17 +441,21 @@ def on_shards(function: Callable[..., Any], *arguments: Any) -> Any:
     return jax.shard_map(function, in_specs=specs, out_specs=cached, check_vma=False)(*arguments)
 
 
-def _check_device(pattern: Pattern, query: jax.Array) -> None:
-    """Raises ConfigError where the devices that are traced for, which need not exist, lack the back end."""
-    if pattern.backend == "xla" or pattern.interpret:
-        return
+def check_backend(backend: str) -> None:
+    """Raises ConfigError where the devices that are traced for, which need not exist, lack an attention back end."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    if platform != _PLATFORMS[pattern.backend]:
+    wanted = _PLATFORMS.get(backend, platform)
+    if platform != wanted:
         raise ConfigError(
-            f"attention backend {pattern.backend!r} needs a {_PLATFORMS[pattern.backend].upper()}, these devices are "
-            f"{platform}: use backend='xla'"
+            f"attention backend {backend!r} needs a {wanted.upper()}, these devices are {platform}: use backend='xla'"
         )
+
+
+def _check_device(pattern: Pattern, query: jax.Array) -> None:
+    if pattern.backend == "xla" or pattern.interpret:
+        return
+    check_backend(pattern.backend)
     if pattern.backend == "cudnn" and (query.dtype not in (jnp.bfloat16, jnp.float16) or query.shape[-1] % 8):
         raise ConfigError(
             f"attention backend 'cudnn' takes bfloat16 or float16 and heads of a multiple of 8 channels, not "

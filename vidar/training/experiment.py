@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vidar.attention.kernels import check_backend
 from vidar.config import load as load_card
 from vidar.config import to_dict
 from vidar.data.pipeline import DataConfig, make_dataset
@@ -317,6 +318,7 @@ def _check_mesh(config: RunConfig) -> None:
     for name, model in (("model", config.model), ("teacher", config.teacher)):
         if model is None:
             continue
+        check_backend(model.backend)
         shards = max(1, mesh.tensor) * max(1, mesh.sequence)
         if model.heads % shards:
             fits = [count for count in range(1, model.heads + 1) if model.heads % count == 0]
