@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     opened = time.perf_counter()
     shown, count, first_frame = engine.open(options.seed, given=first), 0, 0.0
     mistake = None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with VideoWriter(options.output, options.fps) as writer, tqdm(total=options.frames or None, unit="frame") as bar:
         if shown is not None:
             writer.append(shown[0])
@@ -71,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
             print("interrupted: the video so far is complete", file=sys.stderr)
         except VidarError as error:
             mistake = error  # such as an action that does not parse: what was made before it is kept
+        finally:
+            signal.signal(signal.SIGTERM, terminated)
     if mistake is not None and count:
         print(f"{options.output}: {count} frames, before this:", file=sys.stderr)
     if mistake is not None:
