@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
         "mlp": 384,
         "channels": 48,
         "actions": {"kind": "discrete", "count": 5},
+        "classes": 3,
         "precision": {"compute": "float32"},
         "remat": True,
     }

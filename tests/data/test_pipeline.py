@@ -11,7 +11,7 @@ import pytest
 from vidar.data.pipeline import DataConfig, SyntheticConfig, make_dataset, open_source
 from vidar.data.records import ActionSpec, EpisodeWriter, Format
 from vidar.data.world import WorldConfig, caption, render, sample_actions, simulate
-from vidar.data.world.builder import clip_seed, prepare
+from vidar.data.world.builder import VidarWorld, clip_seed, prepare
 from vidar.errors import ConfigError, DataError
 
 LENGTHS = (12, 5, 30, 8, 3)
@@ -205,7 +205,7 @@ def test_preparing_again_does_nothing_or_refuses(world):
 
 def test_what_killed_runs_left_is_removed_and_two_do_not_make_one_set(tmp_path):
     shapes = tmp_path / "vidar_world" / "shapes"
-    for name in ("incomplete.ABCDEF_1.0.0", "incomplete.ABCDEF_2.0.0"):
+    for name in (f"incomplete.ABCDEF_{VidarWorld.VERSION}", "incomplete.ABCDEF_2.0.0"):
         (shapes / name).mkdir(parents=True)
     lock = os.open(shapes, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -213,7 +213,7 @@ def test_what_killed_runs_left_is_removed_and_two_do_not_make_one_set(tmp_path):
         prepare(tmp_path, "shapes", clips=2, validation_clips=1)
     os.close(lock)
     prepare(tmp_path, "shapes", clips=2, validation_clips=1)
-    assert sorted(path.name for path in shapes.iterdir()) == ["1.0.0", "incomplete.ABCDEF_2.0.0"]
+    assert sorted(path.name for path in shapes.iterdir()) == [str(VidarWorld.VERSION), "incomplete.ABCDEF_2.0.0"]
 
 
 @pytest.mark.parametrize("choice", ["cache_megabytes", "seed"])

@@ -1,8 +1,10 @@
 """As a person would: make data, train, resume, generate, stream, evaluate; and every mistake one clear line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -11,7 +13,7 @@ from vidar.cli.main import main
 from vidar.data.records import ActionSpec, EpisodeWriter, Format
 from vidar.data.video import read_video, write_video
 from vidar.errors import CheckpointError
-from vidar.system import load
+from vidar.system import compose, load
 from vidar.training.experiment import system_dict
 from vidar.weights import save_weights
 
@@ -72,7 +74,7 @@ def test_generate_writes_the_clip(root, tmp_path):
     write_video(first, frame, fps=8)
     output = tmp_path / "clip.mp4"
     arguments = ["generate", "--model", str(root / "run"), "--output", str(output), "--first", str(first)]
-    assert main([*arguments, "--frames", "6", "--actions", "1*2,2", "--clips", "2"]) == 0
+    assert main([*arguments, "--label", "1", "--frames", "6", "--actions", "1*2,2", "--clips", "2"]) == 0
     assert len(read_video(output)) == 6
 
 
@@ -80,12 +82,12 @@ def test_stream_writes_while_it_runs_and_follows_stdin(root, tmp_path, monkeypat
     import io
 
     output = tmp_path / "stream.mp4"
-    assert main(["stream", "--model", str(root / "run"), "--output", str(output), "--frames", "20"]) == 0
+    stream = ["stream", "--model", str(root / "run"), "--output", str(output), "--label", "2"]
+    assert main([*stream, "--frames", "20"]) == 0
     assert len(read_video(output)) == 20
     assert "first after" in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO("1\n2\n\n"))
-    arguments = ["stream", "--model", str(root / "run"), "--output", str(output), "--frames", "0", "--actions", "-"]
-    assert main(arguments) == 0
+    assert main([*stream, "--frames", "0", "--actions", "-"]) == 0
     assert len(read_video(output)) == 3
 
 
@@ -149,6 +151,7 @@ def test_missing_model_data_and_files_are_refused(root, capsys, tmp_path):
         ("--frames 0", ["--frames=0 must be at least 1"]),
         ("--first first.mp4 --frames 2 --given 2", ["--frames=2 must be above --given=2"]),
         ("--first .", [".: a directory; give an image or video file"]),
+        ("--label 3", ["label=3", "0 … 2"]),
         ("--fps nan", ["fps=nan must be finite"]),
         ("--fps -3", ["fps=-3.0 must be at least"]),
         ("--actions 1*99999999999", ["'1*99999999999'", "1000000 in all"]),
@@ -158,7 +161,8 @@ def test_missing_model_data_and_files_are_refused(root, capsys, tmp_path):
 def test_mistakes_in_generating_get_one_line(root, capsys, tmp_path, monkeypatch, options, words):
     write_video(tmp_path / "first.mp4", np.full((3, 16, 16, 3), 40, np.uint8), fps=8)
     monkeypatch.chdir(tmp_path)
-    refused(capsys, ["generate", "--model", str(root / "run"), "--output", "x.mp4", *options.split()], *words)
+    label = [] if "--label" in options else ["--label", "0"]
+    refused(capsys, ["generate", "--model", str(root / "run"), "--output", "x.mp4", *label, *options.split()], *words)
     assert [path.name for path in tmp_path.iterdir()] == ["first.mp4"]
 
 
@@ -178,6 +182,8 @@ def test_turning_compares_sizes_and_names(root, capsys, tmp_path, size):
         return ["eval", "turning", "--records", str(records), "--model", run, *small, *options]
 
     if size == 16:
+        refused(capsys, command(), "run: needs one of 3 classes", "tells none")
+        run = without_classes(root, tmp_path / "run.safetensors")
         assert main(command()) == 0
         assert list(json.loads((output / "turning.json").read_text())) == ["run"]
         assert (output / "run.png").stat().st_size > 100
@@ -190,6 +196,15 @@ def test_turning_compares_sizes_and_names(root, capsys, tmp_path, size):
     else:
         refused(capsys, command(), "run: makes frames of 16×16", "has 32×32")
         assert not output.exists()
+
+
+def without_classes(root: Path, path: Path) -> str:
+    """Random weights of the trained run's system, but for the classes."""
+    config = load(root / "run")[0].config
+    system = compose(replace(config, model=replace(config.model, classes=None)))
+    model = system.build("student", jax.random.key(0))
+    save_weights(path, {"student": model}, {"systems": {"student": system_dict(system.config)}})
+    return str(path)
 
 
 def test_a_weights_file_without_systems_and_roles_that_are_not_there_are_refused(root, tmp_path):
@@ -218,7 +233,7 @@ def test_damaged_checkpoint_falls_back_and_says_so(root, capsys, caplog, tmp_pat
     victim.write_bytes(victim.read_bytes()[:-7])
     output = tmp_path / "x.mp4"
     with caplog.at_level("WARNING", logger="vidar"):
-        assert main(["generate", "--model", str(copy), "--output", str(output), "--frames", "2"]) == 0
+        assert main(["generate", "--model", str(copy), "--output", str(output), "--frames", "2", "--label", "0"]) == 0
     assert any("damaged" in message for message in caplog.messages)
     truncated = tmp_path / "weights.safetensors"
     truncated.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{broken")
@@ -241,6 +256,7 @@ def test_help_of_every_command(capsys):
         ("--config.codec.mean=0.0", ["codec.mean=-0.75, now 0.0", "another directory"]),
         ("--config.video.height=32", ["video.height=32", "16×16"]),
         ("--config.model.actions.count=3", ["model.actions.count=3", "has action"]),
+        ("--config.model.classes=2", ["model.classes=2", "has label 2", "use 3"]),
         ("--config.evaluation.given=8", ["evaluation.given=8", "8 frames"]),
         ("--config.evaluation.rows=0", ["evaluation.rows=0"]),
         ("--config.optimizers.other.name=adamw", ["optimizers.other", "student"]),
@@ -260,7 +276,8 @@ def test_a_stream_keeps_what_it_made_before_a_mistake(root, tmp_path, monkeypatc
 
     output = tmp_path / "stream.mp4"
     monkeypatch.setattr("sys.stdin", io.StringIO("1\n2\n1\nnorth\n"))
-    arguments = ["stream", "--model", str(root / "run"), "--output", str(output), "--frames", "0", "--actions", "-"]
+    stream = ["stream", "--model", str(root / "run"), "--label", "0", "--output", str(output)]
+    arguments = [*stream, "--frames", "0", "--actions", "-"]
     refused(capsys, arguments, "'north'")
     assert 1 <= len(read_video(output)) <= 3
     refused(capsys, [*arguments[:-3], "-5"], "--frames=-5")
@@ -274,7 +291,7 @@ def test_a_stream_stopped_by_its_scheduler_is_complete(root, tmp_path):
     import time
 
     output = tmp_path / "stream.mp4"
-    command = [sys.executable, "-m", "vidar.cli.main", "stream", "--model", str(root / "run")]
+    command = [sys.executable, "-m", "vidar.cli.main", "stream", "--model", str(root / "run"), "--label", "0"]
     with subprocess.Popen([*command, "--output", str(output), "--frames", "0"], stderr=subprocess.DEVNULL) as process:
         partial = output.with_suffix(".partial.mp4")
         while not partial.exists() or not partial.stat().st_size:

@@ -233,6 +233,28 @@ def test_text_and_kinds_of_actions():
     assert np.abs(streamed(silent, [np.float32([0.5, -1])])[0, 0] - one).max() > 1e-2
 
 
+def test_classes_of_sessions_are_those_of_clips_and_stay_with_snapshots():
+    model, chosen = network(replace(CONFIG, classes=3)), plan(frames=5)
+    engine = Engine(chosen, Floats(), model, rows=2, compile_now=False)
+    track, label = presses(4), np.int32([2, 0])
+    engine.open(seed=5, given=pixels(), label=label)
+    beginning, snapshot = streamed(engine, track[:2]), engine.snapshot()
+    stream = np.concatenate([beginning, streamed(engine, track[2:])], axis=1)
+    actions = jnp.concatenate([jnp.zeros((2, 1), jnp.int32), *jnp.asarray(track)], axis=1)
+    clip = quick_jit(lambda key_b, conditions, latents: chosen.generate(model, key_b, conditions, 5, latents))(
+        session_keys(5, 2),
+        Conditions(actions=actions, label=jnp.asarray(label)),
+        Floats().encode(jnp.asarray(pixels())),
+    )
+    np.testing.assert_allclose(stream, clip[:, 1:], atol=1e-5 * float(jnp.max(jnp.abs(clip))))
+    engine.open(seed=5, given=pixels(), label=2)
+    both = streamed(engine, track)
+    np.testing.assert_array_equal(both[0], stream[0])
+    assert np.abs(both[1] - stream[1]).max() > 1e-2
+    engine.restore(snapshot)
+    np.testing.assert_array_equal(streamed(engine, track[2:]), stream[:, 2:])
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -276,6 +298,18 @@ def test_given_frames_that_are_not_whole_chunks_are_refused():
     first = Engine(plan(window=7, chunk=3, first=True, frames=7), Floats(), network(), rows=1, compile_now=False)
     with pytest.raises(ConfigError, match="give the first frame"):
         first.open()
+
+
+@pytest.mark.parametrize("label", [None, 3, -1, True, 1.0, "ball", [0], [[0, 1]], [0, 1, 2]])
+def test_wrong_classes_are_refused(label):
+    engine = Engine(plan(), Floats(), network(replace(CONFIG, classes=3)), rows=2, compile_now=False)
+    with pytest.raises(ConfigError, match=r"should be the class of each of 2 videos: 0 … 2"):
+        engine.open(given=pixels(), label=label)
+
+
+def test_classes_for_a_network_without_are_refused(engine):
+    with pytest.raises(ConfigError, match="model.classes is not set"):
+        engine.open(given=pixels(), label=0)
 
 
 @pytest.mark.parametrize(

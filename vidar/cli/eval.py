@@ -105,6 +105,7 @@ def _turning(options: argparse.Namespace) -> int:
 
 
 def _world(options: argparse.Namespace) -> int:
+    from vidar.data.world import KINDS
     from vidar.devices import enable_compilation_cache
     from vidar.errors import check_range
     from vidar.evaluation.world import held_out, score, standing_still
@@ -116,9 +117,11 @@ def _world(options: argparse.Namespace) -> int:
     truth = held_out(options.clips, options.frames)
     videos = {"standing still": standing_still(truth)}
     size, actions = truth.pixels.shape[2:4], int(truth.actions.max()) + 1
-    models = {str(source): _loaded(source, size, "the one-shape world", actions) for source in options.model}
+    one_shape = size, "the one-shape world", actions, len(KINDS)
+    models = {str(source): _loaded(source, *one_shape) for source in options.model}
     for source, (system, model) in models.items():
-        videos[source] = generate_clips(system, model, truth.actions, truth.pixels[:, :1], options.frames)
+        label = truth.label if model.config.classes else None
+        videos[source] = generate_clips(system, model, truth.actions, truth.pixels[:, :1], options.frames, label=label)
     for name, video in videos.items():
         summary = score(video, truth).part(1, options.frames).summary()
         cells = "  ".join(
@@ -144,8 +147,8 @@ def _titles(sources: Sequence[str]) -> list[str]:
     return titles
 
 
-def _loaded(source: str, size: Sequence[int], truth: str, actions: int) -> tuple[Any, Any]:
-    """A system and its network, which must know that many actions and make frames of the truth's size."""
+def _loaded(source: str, size: Sequence[int], truth: str, actions: int, classes: int | None = None) -> tuple[Any, Any]:
+    """A system and its network, which must know what the truth tells, and make frames of its size."""
     from vidar.errors import ConfigError
     from vidar.models.layers import DiscreteActions
     from vidar.system import load
@@ -159,4 +162,6 @@ def _loaded(source: str, size: Sequence[int], truth: str, actions: int) -> tuple
         )
     if not isinstance(kind, DiscreteActions) or kind.count < actions:
         raise ConfigError(f"{source}: knows fewer than the {actions} discrete actions of {truth}")
+    if model.config.classes not in (None, classes):
+        raise ConfigError(f"{source}: needs one of {model.config.classes} classes, {truth} tells {classes or 'none'}")
     return system, model

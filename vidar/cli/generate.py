@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--given", type=int, help="frames taken from --first (default: 1)")
     parser.add_argument("--frames", type=int, help="frames of the clip, given ones included (default: training length)")
     parser.add_argument("--actions", help="script such as '1*8,2*8', by number, repeated; default: no action")
+    parser.add_argument("--label", type=int, help="class of the video, for models with classes")
     parser.add_argument("--clips", type=int, default=1, help="clips, each of its own seed, side by side")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=8.0)
@@ -47,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
     if actions is not None:
         actions = np.repeat(actions, options.clips, axis=0)
     with VideoWriter(options.output, options.fps) as writer:
-        clips = generate_clips(system, model, actions, given, frames, seed=options.seed, rows=options.clips)
+        clips = generate_clips(
+            system, model, actions, given, frames, seed=options.seed, rows=options.clips, label=options.label
+        )
         writer.append(np.concatenate(list(clips), axis=2))
     print(f"{options.output}: {options.clips} × {frames} frames of {video.width}×{video.height}")
     return 0

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="script such as '1*8,2*8', by number, repeated; '-' reads one action a tick from stdin",
     )
+    parser.add_argument("--label", type=int, help="class of the video, for models with classes")
     parser.add_argument(
         "--window", type=int, help="frames a chunk may see (default: the model's, or its training length)"
     )
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     first = None if options.first is None else given_frames(options.first, options.given, video.height, video.width)
     track = action_ticks(model.config.actions, options.actions, sampler.chunk, ticks, sys.stdin)
     opened = time.perf_counter()
-    shown, count, first_frame = engine.open(options.seed, given=first), 0, 0.0
+    shown, count, first_frame = engine.open(options.seed, given=first, label=options.label), 0, 0.0
     mistake = None
     terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with VideoWriter(options.output, options.fps) as writer, tqdm(total=options.frames or None, unit="frame") as bar:

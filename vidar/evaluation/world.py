@@ -30,6 +30,11 @@ class HeldOut:
     states: tuple[world.States, ...]
     pixels: np.ndarray
 
+    @property
+    def label(self) -> np.ndarray:
+        """Kind of the controlled shape, int32 `[b]`, which is the class of a clip."""
+        return np.asarray([states.kind[0] for states in self.states], np.int32)
+
 
 @dataclass(frozen=True)
 class Score:

@@ -11,9 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
 
 from vidar.attention.cache import ConditionCache
 from vidar.attention.visibility import Layout
+from vidar.errors import ConfigError
 
 
 @partial(
@@ -104,6 +107,31 @@ class Batch:
     latents: jax.Array
     conditions: Conditions
     index: jax.Array
+
+
+def row_labels(label: ArrayLike | None, classes: int | None, rows: int) -> np.ndarray | None:
+    """Checks the class labels that a person gives.
+
+    Args:
+        label: One label for all rows, one a row `[b]`, or None.
+        classes: Number of classes that the network knows, or None.
+        rows: Rows b.
+
+    Returns:
+        int32 `[b]`, or None for networks without classes.
+
+    Raises:
+        ConfigError: There is no label where there should be one, one where there should not, or an impossible one.
+    """
+    if classes is None:
+        if label is not None:
+            raise ConfigError("a label was given, but the network has no classes (model.classes is not set)")
+        return None
+    array = np.asarray(-1 if label is None else label)
+    known = array.dtype.kind in "iu" and bool(np.all((array >= 0) & (array < classes)))
+    if not known or array.shape not in ((), (rows,)):
+        raise ConfigError(f"label={label} should be the class of each of {rows} videos: 0 … {classes - 1}")
+    return np.ascontiguousarray(np.broadcast_to(array.astype(np.int32), (rows,)))
 
 
 def repeat_rows(tree: Any, times: int) -> Any:

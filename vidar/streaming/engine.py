@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vidar.errors import ConfigError
-from vidar.models.frames import Conditions
+from vidar.models.frames import Conditions, row_labels
 from vidar.models.layers import DiscreteActions, MultiBinaryActions
 from vidar.sampling.flight import State
 from vidar.sampling.noise import session_keys
@@ -76,6 +76,7 @@ class Engine:
         # Frames cross to the host; everything that comes in is placed explicitly, so that a transfer guard can stay on.
         mesh = jax.sharding.get_mesh()
         self._place = partial(jax.device_put, device=None if mesh.empty else NamedSharding(mesh, PartitionSpec()))
+        self._label = None if model.config.classes is None else self._place(np.zeros(rows, np.int32))
         self._compiled: dict[Any, Any] = {}
         self._begin = jax.jit(self._first_state)
         self._state, self._codec_state = self._fresh(0)
@@ -85,7 +86,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------ sessions
 
     def open(
-        self, seed: int = 0, given: np.ndarray | None = None, actions: np.ndarray | None = None
+        self, seed: int = 0, given: np.ndarray | None = None, actions: np.ndarray | None = None, label: Any = None
     ) -> np.ndarray | None:
         """Starts all sessions anew.
 
@@ -93,17 +94,22 @@ class Engine:
             seed: Seed of the first session; the others count on from it.
             given: Pixels of given frames, uint8 `[rows, g, h, w, 3]`, whole chunks, or None to start from noise.
             actions: Actions of the given frames `[rows, g, ...]`; None for no action.
+            label: Class of each session `[rows]`, or one for all, where the network has classes.
 
         Returns:
             The given frames as the codec shows them, or None.
 
         Raises:
-            ConfigError: The frames are not whole chunks, or have the wrong size or type; running sessions go on.
+            ConfigError: The frames are not whole chunks, or have the wrong size or type, or the class is unknown;
+                running sessions go on.
         """
+        labels = row_labels(label, self._model.config.classes, self.rows)
+        placed_label = None if labels is None else self._place(labels)
         if given is None:
             if self.sampler.first:
                 raise ConfigError("independent_first_frame: give the first frame of the stream")
             self._state, self._codec_state = self._fresh(seed)
+            self._label = placed_label
             return None
         pixels = np.asarray(given)
         height, width = (size * self.codec.patch for size in self.sampler.latent[:2])
@@ -114,11 +120,12 @@ class Engine:
             )
         if pixels.dtype != np.uint8:
             raise ConfigError(f"given frames are {pixels.dtype}, they should be uint8 pixels")
-        conditions = Conditions(actions=self._actions(actions, pixels.shape[1]), text=self._text)
+        conditions = Conditions(self._text, self._actions(actions, pixels.shape[1]), placed_label)
         placed = self._place(pixels)
         # Compiling refuses frames that are not whole chunks; only then are the running sessions given up.
         self._ready("prefill", pixels.shape[1], self._model, self._state, placed, conditions)
         self._state, self._codec_state = self._fresh(seed)
+        self._label = placed_label
         self._state = self._run("prefill", pixels.shape[1], self._model, self._state, placed, conditions)
         return pixels
 
@@ -131,7 +138,7 @@ class Engine:
         Returns:
             uint8 frames `[rows, f, h, w, 3]` on the device, not waited for.
         """
-        conditions = Conditions(actions=self._actions(actions, self.sampler.chunk), text=self._text)
+        conditions = Conditions(self._text, self._actions(actions, self.sampler.chunk), self._label)
         self._state, latents = self._run("tick", None, self._model, self._state, conditions)
         self._codec_state, frames = self._run("decode", None, self._codec_state, latents)
         return frames
@@ -168,7 +175,8 @@ class Engine:
             Arrays by name, for `restore` of an engine with the same sampler and rows.
         """
         state = replace(self._state, key=jax.random.key_data(self._state.key))
-        return {"state": jax.device_get(jax.tree.leaves(state)), "codec": jax.device_get(self._codec_state)}
+        parts = {"state": jax.tree.leaves(state), "codec": self._codec_state, "label": self._label}
+        return jax.device_get(parts)
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Goes on from a snapshot.
@@ -187,6 +195,7 @@ class Engine:
         state = jax.tree.unflatten(tree, [self._place(leaf) for leaf in given])
         self._state = replace(state, key=jax.random.wrap_key_data(state.key))
         self._codec_state = jax.tree.map(self._place, snapshot["codec"])
+        self._label = jax.tree.map(self._place, snapshot["label"])
 
     # --------------------------------------------------------------------------------------------------- executables
 
@@ -200,7 +209,8 @@ class Engine:
         compiled = sum(self.timing.compile.values())
         count = given or (1 if self.sampler.first else self.sampler.chunk)
         height, width = (size * self.codec.patch for size in self.sampler.latent[:2])
-        self.open(given=np.zeros((self.rows, count, height, width, 3), np.uint8))
+        label = None if self._label is None else 0
+        self.open(given=np.zeros((self.rows, count, height, width, 3), np.uint8), label=label)
         self.tick()
         self.block()
         self._state, self._codec_state = self._fresh(0)
@@ -208,7 +218,7 @@ class Engine:
 
     def lower(self) -> Any:
         """Lowers the tick without running anything, for inspection."""
-        conditions = Conditions(actions=self._actions(None, self.sampler.chunk), text=self._text)
+        conditions = Conditions(self._text, self._actions(None, self.sampler.chunk), self._label)
         return self._jitted("tick").lower(self._model, self._state, conditions)
 
     def executable(self, name: str) -> Any:

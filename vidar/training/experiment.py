@@ -23,7 +23,7 @@ from vidar.evaluation.metrics import psnr
 from vidar.evaluation.sheets import contact_sheet
 from vidar.models.dit import DiTConfig, logical_axes
 from vidar.models.flops import PATTERNS, shape_of, training_flops
-from vidar.models.frames import Conditions
+from vidar.models.frames import Conditions, row_labels
 from vidar.models.layers import DiscreteActions
 from vidar.sampling.noise import session_keys
 from vidar.sharding import MeshConfig
@@ -158,6 +158,7 @@ def generate_clips(
     *,
     seed: int = 0,
     rows: int = 1,
+    label: Any = None,
 ) -> np.ndarray:
     """Generates clips under actions, from noise or as the continuation of given frames, in one call.
 
@@ -169,13 +170,22 @@ def generate_clips(
         frames: Frames of the clips, given ones included.
         seed: Seed of the first clip's session; the others count on from it.
         rows: Clips, where no frames are given.
+        label: Class of each clip `[b]`, or one for all, where the network has classes.
 
     Returns:
         uint8 pixels `[b, frames, h, w, 3]`.
+
+    Raises:
+        ConfigError: The frames do not fit the plan, or the class is unknown.
     """
     sampler = replace(system.sampler, frames=frames)
-    conditions = Conditions(actions=None if actions is None else jnp.asarray(actions[:, :frames]))
-    keys = session_keys(seed, rows if given is None else len(given))
+    rows = rows if given is None else len(given)
+    labels = row_labels(label, network.config.classes, rows)
+    conditions = Conditions(
+        actions=None if actions is None else jnp.asarray(actions[:, :frames]),
+        label=None if labels is None else jnp.asarray(labels),
+    )
+    keys = session_keys(seed, rows)
     pixels = None if given is None else jnp.asarray(given)
     return np.asarray(_generate(sampler, system.codec, frames, network, keys, conditions, pixels))
 
@@ -205,9 +215,10 @@ def _callbacks(config: RunConfig, system: System) -> tuple[Any, Any]:
     batch = next(iter(make_dataset(held_out)))
     truth = batch["pixels"]
     actions = batch.get("actions") if config.model.actions else None
+    label = batch.get("label") if config.model.classes else None
 
     def video(networks: Mapping[str, Any]) -> np.ndarray:
-        return generate_clips(system, networks["student"], actions, truth[:, : choice.given], frames)
+        return generate_clips(system, networks["student"], actions, truth[:, : choice.given], frames, label=label)
 
     def evaluate(step: int, networks: Mapping[str, Any], writer: MetricWriter) -> dict[str, float]:
         score = psnr(video(networks)[:, choice.given :], truth[:, choice.given :])
@@ -261,12 +272,15 @@ def _numeric(config: RunConfig, batch: Mapping[str, Any]) -> dict[str, np.ndarra
         raise ConfigError(
             f"video.height={video.height} and video.width={video.width}, but the data has {size[0]}×{size[1]} pixels"
         )
-    if isinstance(model.actions, DiscreteActions) and "actions" in batch:
-        largest = int(np.max(batch["actions"]))
-        if largest >= model.actions.count:
-            raise ConfigError(
-                f"model.actions.count={model.actions.count}, but the data has action {largest}: use {largest + 1}"
-            )
+    discrete = isinstance(model.actions, DiscreteActions)
+    counts = {
+        "actions": ("model.actions.count", model.actions.count if discrete else None),
+        "label": ("model.classes", model.classes),
+    }
+    for name, (key, count) in counts.items():
+        largest = int(np.max(batch[name])) if count is not None and name in batch else 0
+        if count is not None and largest >= count:
+            raise ConfigError(f"{key}={count}, but the data has {name} {largest}: use {largest + 1}")
     wanted = {"pixels", "latents", "index"}
     wanted |= {"actions"} if model.actions else set()
     wanted |= {"label"} if model.classes else set()

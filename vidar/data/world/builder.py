@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vidar.data.world.captions import caption
 from vidar.data.world.rendering import render
-from vidar.data.world.simulation import ACTIONS, WorldConfig, sample_actions, simulate
+from vidar.data.world.simulation import ACTIONS, KINDS, WorldConfig, sample_actions, simulate
 from vidar.errors import ConfigError, DataError, check_range, make_directory
 
 NAME = "vidar_world"
@@ -33,6 +33,8 @@ CLIPS = {"train": 4_000, "validation": 200}
 class VidarWorld(tfds.core.GeneratorBasedBuilder):
     """Clips of coloured shapes that move, collide and enter, with actions on one of them, captions and true states.
 
+    A clip's label is the kind of the shape that the actions move.
+
     Args:
         clips: Number of clips of each split.
         frames: Frames of a clip.
@@ -41,7 +43,7 @@ class VidarWorld(tfds.core.GeneratorBasedBuilder):
     """
 
     name = NAME
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in WORLDS]
 
     def __init__(self, clips: dict[str, int] | None = None, frames: int = 16, seed: int = 0, **kwargs: Any):
@@ -65,6 +67,7 @@ class VidarWorld(tfds.core.GeneratorBasedBuilder):
             "video": tfds.features.Tensor(shape=(None, world.size, world.size, 3), dtype=np.uint8),
             "actions": tfds.features.Tensor(shape=(None,), dtype=np.int32),
             "caption": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=KINDS),
             "index": np.int64,
             "position": tfds.features.Tensor(shape=(None, world.shapes, 2), dtype=np.float32),
             "present": tfds.features.Tensor(shape=(None, world.shapes), dtype=np.bool_),
@@ -100,7 +103,7 @@ def prepare(
     """Generates the procedural world; does nothing if the same set is there already.
 
     Args:
-        directory: TFDS data directory; the set appears in `<directory>/vidar_world/<config>/1.0.0` when it is complete.
+        directory: TFDS data directory; the set appears in `<directory>/vidar_world/<config>/1.1.0` when it is complete.
         config: `one_shape` (16 × 16 pixels) or `shapes` (32 × 32, one to three shapes).
         clips: Clips of the training split.
         validation_clips: Clips of the validation split, whose seeds occur nowhere in training.
@@ -180,6 +183,7 @@ def _example(world: WorldConfig, seed: int) -> dict[str, Any]:
         "video": render(world, states),
         "actions": actions,
         "caption": caption(states),
+        "label": int(states.kind[0]),
         "index": seed,
         "position": np.pad(states.position, ((0, 0), (0, missing), (0, 0))).astype(np.float32),
         "present": np.pad(states.present, ((0, 0), (0, missing))),
