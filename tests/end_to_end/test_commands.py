@@ -255,7 +255,7 @@ def test_help_of_every_command(capsys):
     [
         ("--config.codec.mean=0.0", ["codec.mean=-0.75, now 0.0", "another directory"]),
         ("--config.video.height=32", ["video.height=32", "16×16"]),
-        ("--config.model.actions.count=3", ["model.actions.count=3", "has action"]),
+        ("--config.model.actions.count=3", ["model.actions.count=3", "has actions"]),
         ("--config.model.classes=2", ["model.classes=2", "has label 2", "use 3"]),
         ("--config.evaluation.given=8", ["evaluation.given=8", "8 frames"]),
         ("--config.evaluation.rows=0", ["evaluation.rows=0"]),

@@ -175,8 +175,7 @@ class Engine:
             Arrays by name, for `restore` of an engine with the same sampler and rows.
         """
         state = replace(self._state, key=jax.random.key_data(self._state.key))
-        parts = {"state": jax.tree.leaves(state), "codec": self._codec_state, "label": self._label}
-        return jax.device_get(parts)
+        return jax.device_get({"state": jax.tree.leaves((state, self._label)), "codec": self._codec_state})
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Goes on from a snapshot.
@@ -188,14 +187,13 @@ class Engine:
             ConfigError: It was made with another sampler or another number of rows.
         """
         template = replace(self._state, key=jax.random.key_data(self._state.key))
-        leaves, tree = jax.tree.flatten(template)
+        leaves, tree = jax.tree.flatten((template, self._label))
         given = snapshot.get("state", ()) if isinstance(snapshot, dict) else ()
         if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in given]:
             raise ConfigError("this is no snapshot of an engine with the same model, window and number of sessions")
-        state = jax.tree.unflatten(tree, [self._place(leaf) for leaf in given])
+        state, self._label = jax.tree.unflatten(tree, [self._place(leaf) for leaf in given])
         self._state = replace(state, key=jax.random.wrap_key_data(state.key))
         self._codec_state = jax.tree.map(self._place, snapshot["codec"])
-        self._label = jax.tree.map(self._place, snapshot["label"])
 
     # --------------------------------------------------------------------------------------------------- executables
 

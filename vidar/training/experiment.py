@@ -272,13 +272,11 @@ def _numeric(config: RunConfig, batch: Mapping[str, Any]) -> dict[str, np.ndarra
         raise ConfigError(
             f"video.height={video.height} and video.width={video.width}, but the data has {size[0]}×{size[1]} pixels"
         )
-    discrete = isinstance(model.actions, DiscreteActions)
-    counts = {
-        "actions": ("model.actions.count", model.actions.count if discrete else None),
-        "label": ("model.classes", model.classes),
-    }
-    for name, (key, count) in counts.items():
-        largest = int(np.max(batch[name])) if count is not None and name in batch else 0
+    known = {"label": ("model.classes", model.classes)}
+    if isinstance(model.actions, DiscreteActions):
+        known["actions"] = ("model.actions.count", model.actions.count)
+    for name, (key, count) in known.items():
+        largest = int(np.max(batch.get(name, 0)))
         if count is not None and largest >= count:
             raise ConfigError(f"{key}={count}, but the data has {name} {largest}: use {largest + 1}")
     wanted = {"pixels", "latents", "index"}
