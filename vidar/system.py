@@ -406,20 +406,9 @@ def _check_objective(config: SystemConfig, sampler: Sampler) -> None:
             f"objective {type(objective).__name__} and visibility {type(pattern).__name__} do not go together: "
             "teacher_forcing needs visibility teacher_forcing, and only it does"
         )
-    rolls = "self_forcing" if isinstance(objective, self_forcing.SelfForcing) else None
-    if isinstance(objective, teacher_forcing.TeacherForcing) and objective.resample:
-        rolls = "teacher_forcing with resample"
-    in_turn = config.plan.lag in (None, config.solver.steps) and config.plan.commit.kind == "extra_pass"
-    if rolls and not in_turn:
-        raise ConfigError(f"{rolls} rolls out one chunk at a time: use plan.lag=None and an extra_pass commit")
-    if isinstance(objective, teacher_forcing.TeacherForcing) and objective.resample:
-        given = max(config.context.sink, int(sampler.first))
-        if given >= config.video.frames:
-            raise ConfigError(
-                f"objective.resample with {given} given frames (context.sink={config.context.sink}) leaves none of "
-                f"video.frames={config.video.frames} to resample: use a smaller sink or longer clips"
-            )
     if isinstance(objective, self_forcing.SelfForcing):
+        if config.plan.lag not in (None, config.solver.steps) or config.plan.commit.kind != "extra_pass":
+            raise ConfigError("self_forcing rolls out one chunk at a time: use plan.lag=None and an extra_pass commit")
         chunks = chunk_layout(config.video.frames, config.video.chunk, independent_first_frame=sampler.first).chunks
         if not 0 <= objective.given <= chunks[-1]:
             raise ConfigError(

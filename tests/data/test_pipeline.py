@@ -152,6 +152,7 @@ def test_a_prepared_world_holds_the_truth(world):
         np.testing.assert_array_equal(clip["pixels"], render(rules, states))
         np.testing.assert_array_equal(clip["actions"], actions)
         assert clip["caption"].decode() == caption(states)
+        assert clip["label"] == states.kind[0]
 
 
 def test_long_examples_are_cut_anywhere_in_training_and_at_the_beginning_otherwise(world):

@@ -182,14 +182,6 @@ REFUSED = {
     "objective without its pattern": (dict(objective={"kind": "teacher_forcing"}), "do not go together"),
     "pattern without its objective": (dict(visibility={"kind": "teacher_forcing"}), "do not go together"),
     "self forcing in a pipeline": (dict(objective={"kind": "self_forcing"}, plan={"lag": 1}), "one chunk at a time"),
-    "resampling in a pipeline": (
-        dict(
-            objective={"kind": "teacher_forcing", "resample": True},
-            visibility={"kind": "teacher_forcing"},
-            plan={"lag": 1},
-        ),
-        "teacher_forcing with resample rolls out one chunk at a time",
-    ),
     "self forcing without a rest": (dict(objective={"kind": "self_forcing", "given": 2}), "leaves none to generate"),
     "self forcing, first frame": (
         dict(objective={"kind": "self_forcing"}, video={"frames": 5, "chunk": 2, "independent_first_frame": True}),
@@ -222,14 +214,6 @@ REFUSED = {
         "objective.high=0.1 must be above 0.9",
     ),
     "drop": (dict(drop=1.5), "drop=1.5 must be at least 0 and at most 1"),
-    "resampling all that is given": (
-        dict(
-            objective={"kind": "teacher_forcing", "resample": True},
-            visibility={"kind": "teacher_forcing"},
-            context={"window": 6, "sink": 4},
-        ),
-        "leaves none of video.frames=4 to resample",
-    ),
     "codec's patch": (dict(codec={"patch": 0}), "codec.patch=0 must be at least 1"),
     "codec's deviation": (dict(codec={"deviation": 0.0}), "codec.deviation=0.0 must be above 0"),
     "codec's mean": (dict(codec={"mean": float("nan")}), "codec.mean=nan must be finite"),

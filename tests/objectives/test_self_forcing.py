@@ -159,8 +159,8 @@ def test_no_gradient_crosses_from_chunk_to_chunk(monkeypatch):
     predicted = Flight.run_to_exit
 
     def run(shift_bu):
-        def shifted(flight, model, exit_row, begin):
-            done = predicted(flight, model, exit_row, begin)
+        def shifted(flight, model, exit_row):
+            done = predicted(flight, model, exit_row)
             chunk = jnp.broadcast_to(done.start, (2,)) // plan.chunk
             shift = jnp.take_along_axis(shift_bu, chunk[:, None], axis=1)
             return replace(done, latents=done.latents + shift[:, :, None, None, None])

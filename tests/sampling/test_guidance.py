@@ -106,7 +106,7 @@ def test_scale_one_is_no_guidance_and_the_cache_holds_all_branches():
     assert float(jnp.max(jnp.abs(kept - dropped))) > 1e-2
 
 
-@pytest.mark.parametrize("drops", [("text",), ("actions", "label")])
+@pytest.mark.parametrize("drops", [("text",), ("actions", "label"), ("text", "actions", "label")])
 def test_commits_drop_conditions_tag_the_time_and_add_noise(drops):
     """Against a loop written out: the denoising passes see the conditions, the committing pass does not."""
     commit = Commit("extra_pass", level=0.1, noise=True, time=-1.0, drops=drops)

@@ -12,7 +12,6 @@ import pytest
 from tests.networks import CONFIG, LATENT, clip, network, pattern, quick_jit, sampler
 from tests.sampling import reference
 from tests.sampling.reference import keys
-from vidar.attention.cache import write
 from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.diffusion.plan import Commit
 from vidar.errors import ConfigError
@@ -52,7 +51,12 @@ PLANS = {
     "first image": (dict(frames=7, chunk=3, first=True, commit="fused"), 1),
     "continuation": (dict(chunk=2, window=6, sink=2), 4),
     "continuation, lag 1": (dict(frames=7, window=4, sink=1, lag=1), 3),
+    "continuation, last step": (dict(frames=5, commit="last_step"), 2),
     "continuation, noised context": (dict(frames=5, commit=Commit("extra_pass", 0.2, noise=True)), 2),
+    "noised context": (dict(commit=Commit("extra_pass", 0.2, noise=True)), 0),
+    "noised context, fused": (dict(commit=Commit("fused", 0.2, noise=True)), 0),
+    "tagged context": (dict(commit=Commit("extra_pass", 0.0, time=-1.0)), 0),
+    "tagged context, fused": (dict(commit=Commit("fused", 0.1, time=-1.0)), 0),
     "noised and tagged context, fused": (dict(commit=Commit("fused", 0.2, noise=True, time=-1.0)), 0),
 }
 
@@ -263,40 +267,6 @@ def test_an_early_exit_emits_the_clean_prediction_of_that_step():
         return clean(x, level[1])
 
     np.testing.assert_allclose(chunk.latents, expected(), atol=1e-5 * float(jnp.max(jnp.abs(chunk.latents))))
-
-
-def test_a_rollout_may_begin_each_chunk_from_noised_data():
-    """Chunk after chunk, by hand: noise the data to the row's level, one prediction, a clean commit."""
-    plan, model = plan_of(dict(frames=4, chunk=2)), network()
-    data, conditions = clip(1, 4)
-    state = plan.init(model, keys(0), actions=conditions.actions, in_step=True)
-    rollout = quick_jit(partial(plan.rollout, model, chunks=2))
-    _, video = rollout(state, conditions, exit_row=jnp.int32(2), begin=data)
-    level = jnp.float32(plan.solver.levels[2])
-
-    @quick_jit
-    def expected():
-        cache, parts = state.cache, []
-        for start in (0, 2):
-            part, frames = slice(start, start + 2), jnp.arange(start, start + 2, dtype=jnp.int32)[None]
-            noise = frame_noise(keys(0), Purpose.INITIAL, frames, jnp.zeros((2,), jnp.int32), LATENT)
-            x = (1 - level) * data[:, part] + level * noise
-
-            def forward(x, level, part=part, cache=cache):
-                start = jnp.full((1,), part.start, jnp.int32)
-                stream = Frames(x, jnp.broadcast_to(level, (1, 2)), chunk_layout(2, 2), start=start)
-                actions = conditions.frames(part.start, part.stop)
-                return model((stream,), actions, visibility=plan.visibility, cache=cache)
-
-            parts.append(x - level * forward(x, level).predictions[0])
-            output = forward(parts[-1], jnp.float32(0))
-            cache = write(cache, output.keys, output.values)
-        return jnp.concatenate(parts, axis=1)
-
-    np.testing.assert_allclose(video, expected(), atol=1e-5 * float(jnp.max(jnp.abs(video))))
-    for change in (dict(exit_row=jnp.int32(0)), dict(exit_row=jnp.int32(0), begin=data + 1)):
-        _, fresh = rollout(state, conditions, **change)
-        np.testing.assert_array_equal(fresh, rollout(state, conditions, exit_row=jnp.int32(0), begin=data)[1])
 
 
 # --------------------------------------------------------------------------------------------------------- positions

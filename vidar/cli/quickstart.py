@@ -13,8 +13,7 @@ from typing import Any
 _logger = logging.getLogger("vidar")
 
 CLIPS = 32
-SCRATCH_FRAMES = 8
-SHIPPED_FRAMES = 16
+TRAINED = 8
 STREAMED = 264
 SHIPPED = "world.safetensors"
 
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="receives everything that is made")
     parser.add_argument("--minutes", type=float, default=3.5, help="time limit of the training from scratch, up to 60")
     parser.add_argument(
-        "--remake", action="store_true", help="train the shipped networks again (an hour or more), instead"
+        "--remake", action="store_true", help="train the shipped networks again (half an hour or more), instead"
     )
     parser.set_defaults(run=run)
 
@@ -41,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     output = options.output.resolve()
     _banner(1, "data: clips of a procedural world")
-    prepare(output / "data", "one_shape", clips=8192, frames=SCRATCH_FRAMES)
+    prepare(output / "data", "one_shape", clips=8192, frames=TRAINED)
     (_remake if options.remake else _tour)(output, options)
     _logger.info("done in %.1f minutes; everything is in %s", (time.perf_counter() - start) / 60, options.output)
     return 0
@@ -75,9 +74,7 @@ def _tour(output: Path, options: argparse.Namespace) -> None:
     _banner(3, "a few self-forcing updates from the shipped student and teacher")
     _train(forced, output / "self_forcing", anew=True)
 
-    _banner(
-        4, f"streaming {STREAMED} frames, {STREAMED / SHIPPED_FRAMES:g} times the training length of the shipped model"
-    )
+    _banner(4, f"streaming {STREAMED} frames, {STREAMED // TRAINED} times the training length")
     truth = held_out(CLIPS, STREAMED)
     videos = {name: _stream(*load(source), truth) for name, source in
               (("from scratch", output / "scratch"), ("shipped", shipped()))}  # fmt: skip
@@ -148,7 +145,7 @@ def _show(output: Path, videos: dict[str, Any], truth: Any) -> None:
 
     rollouts = {"standing still": standing_still(truth), **videos}
     scores = {name: score(video, truth) for name, video in rollouts.items()}
-    spans = {f"{frames} frames": (1, frames) for frames in (SCRATCH_FRAMES, SHIPPED_FRAMES, STREAMED)}
+    spans = {f"{frames} frames": (1, frames) for frames in (TRAINED, 16 * TRAINED, STREAMED)}
     spans["last quarter"] = (STREAMED * 3 // 4, STREAMED)
     table = {
         name: {span: entry.part(*limits).summary() for span, limits in spans.items()} for name, entry in scores.items()
@@ -185,24 +182,24 @@ def _show(output: Path, videos: dict[str, Any], truth: Any) -> None:
 
 def _remake(output: Path, options: argparse.Namespace) -> None:
     """Trains student, teacher and self forcing as their cards say, and writes the two networks into one file."""
-    from vidar.data.world.builder import prepare
     from vidar.evaluation.world import held_out, score
     from vidar.system import load
     from vidar.training.experiment import system_dict
     from vidar.weights import save_weights
 
-    prepare(output / "data16", "one_shape", clips=8192, frames=SHIPPED_FRAMES)
     runs = output / "remake"
     stages: dict[str, dict[str, Any]] = {
         "teacher_forcing": {},
-        "long": {"objective.start": str(runs / "teacher_forcing"), "data.directory": str(output / "data16")},
         "teacher": {},
-        "self_forcing": {"objective.student": str(runs / "long"), "objective.teacher": str(runs / "teacher")},
+        "self_forcing": {
+            "objective.student": str(runs / "teacher_forcing"),
+            "objective.teacher": str(runs / "teacher"),
+        },
     }
     for number, (card, overrides) in enumerate(stages.items(), start=2):
         _banner(number, f"configs/world/{card}.py (resumes where it stopped)")
         _train(_compose(card, output / "data", **overrides), runs / card)
-    _banner(6, "the networks, and what they are worth")
+    _banner(5, "the networks, and what they are worth")
     system, student = load(runs / "self_forcing")
     teacher_system, teacher = load(runs / "teacher")
     path = output / SHIPPED

@@ -1,12 +1,8 @@
-"""Teacher forcing: noisy chunks attend to the clean chunks before them, all in one pass over clean ‖ noisy.
-
-The clean half is data, or data that the student itself resampled (Resampling Forcing, arXiv 2512.15702): then it learns
-to go on from its own errors, without a teacher.
-"""
+"""Teacher forcing: noisy chunks attend to the clean chunks before them, all in one pass over clean ‖ noisy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +24,6 @@ class TeacherForcing:
     Attributes:
         context_noise: Largest level of the noise on the clean half but for the sink, drawn uniformly per clip (as in
             GameNGen, arXiv 2408.14837); it teaches the network to mistrust its context.
-        resample: Whether the clean half is resampled: chunk after chunk, data noised to a random level of the solver is
-            denoised by the student in one step, through the cache of what it resampled before; no gradient.
         weight: Loss weight by level: `"uniform"` or `"bump"`.
         shift: Time shift of the bump's grid.
         ema: Decay of the student's average, or None.
@@ -39,7 +33,6 @@ class TeacherForcing:
 
     kind: ClassVar[str] = "teacher_forcing"
     context_noise: float = 0.0
-    resample: bool = False
     weight: str = "uniform"
     shift: float = 1.0
     ema: float | None = 0.999
@@ -75,10 +68,7 @@ class TeacherForcing:
         levels = targets.frame_levels(axes.levels, targets.fold_each(keys, 0), layout)
         noise = targets.clip_noise(targets.fold_each(keys, 1), batch.latents.shape[1:])
         conditions = targets.drop_some(batch.conditions, targets.fold_each(keys, 2), axes.drop)
-        history = batch.latents
-        if self.resample:
-            history = resampled(jax.lax.stop_gradient(student), batch, axes, key, targets.fold_each(keys, 4))
-        clean = self._context(history, targets.fold_each(keys, 3), axes, frames)
+        clean = self._context(batch.latents, targets.fold_each(keys, 3), axes, frames)
         noisy = Frames(flow.interpolate(batch.latents, noise, levels.level_bu), levels.level_bu, layout)
         output = student((clean, noisy), conditions, visibility=axes.visibility)
         target = flow.target(student.config.prediction, batch.latents, noise)
@@ -98,29 +88,3 @@ class TeacherForcing:
             noise = targets.clip_noise(targets.fold_each(key_b, 1), latents.shape[1:])
             latents = flow.interpolate(latents, noise, level)
         return Frames(latents, level, layout)
-
-
-def resampled(student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> jax.Array:
-    """Data with the student's own errors: each chunk noised and denoised in one step, after what was made before.
-
-    Args:
-        student: The network.
-        batch: Clips and their conditions.
-        axes: The system's axes.
-        key: Draws the solver's level, the same for all clips.
-        key_b: Session keys.
-
-    Returns:
-        Latents `[b, f, h, w, c]`; the sink, and a first frame of its own, are as given.
-    """
-    sampler, frames = axes.sampler, batch.latents.shape[1]
-    given = max(sampler.context.sink, int(sampler.first))
-    row = jax.random.randint(jax.random.fold_in(key, 2**31 - 1), (), 0, sampler.solver.steps)
-    conditions = sampler.encode(student, batch.conditions)
-    state = sampler.init(student, key_b, actions=conditions.actions, in_step=True)
-    first, rest = batch.latents[:, :given], batch.latents[:, given:]
-    if given:
-        state = sampler.prefill(student, state, first, conditions.frames(0, given))
-    chunks = (frames - given) // sampler.chunk
-    _, video = sampler.rollout(student, state, conditions.frames(given, frames), chunks, exit_row=row, begin=rest)
-    return jax.lax.stop_gradient(jnp.concatenate([first, video], axis=1))

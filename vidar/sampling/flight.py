@@ -203,11 +203,8 @@ class Flight:
 
     # -------------------------------------------------------------------------------------------------- exit, commit
 
-    def run_to_exit(self, model: Any, exit_row: jax.Array, begin: jax.Array | None = None) -> "Flight":
-        """Training form of the denoising rows: the clean prediction at `exit_row`, the only differentiated pass.
-
-        What that row denoises is the work of the rows before it, or `begin` noised to its level.
-        """
+    def run_to_exit(self, model: Any, exit_row: jax.Array) -> "Flight":
+        """Self-forcing form of the denoising rows: the clean prediction at `exit_row`, the only differentiated pass."""
         if self.sampler.program.width != 1 or self.sampler.carried:
             raise ConfigError("exit_row needs one chunk in flight: lag = steps and a commit pass of its own")
         constant = replace(self, state=jax.lax.stop_gradient(self.state))
@@ -218,12 +215,9 @@ class Flight:
             flight = replace(constant, latents=latents, conditions=conditions)
             return flight._row(frozen, row[None], row[None] + 1)[1]
 
-        level = jnp.broadcast_to(jnp.asarray(level_table(self.sampler.solver))[exit_row], (self.layout.frames,))
-        if begin is None:
-            latents = jax.lax.fori_loop(0, exit_row, step, jax.lax.stop_gradient(self.latents))
-        else:
-            latents = flow.interpolate(begin, self.latents, jnp.broadcast_to(level[None], begin.shape[:2]))
+        latents = jax.lax.fori_loop(0, exit_row, step, jax.lax.stop_gradient(self.latents))
         latents = jax.lax.stop_gradient(latents)
+        level = jnp.broadcast_to(jnp.asarray(level_table(self.sampler.solver))[exit_row], (self.layout.frames,))
 
         @jax.checkpoint
         def predict(model: Any, latents: jax.Array) -> jax.Array:

@@ -128,13 +128,7 @@ class Sampler:
     # --------------------------------------------------------------------------------------------------------- tick
 
     def tick(
-        self,
-        model: Any,
-        state: State,
-        conditions: Conditions,
-        *,
-        exit_row: jax.Array | None = None,
-        begin: jax.Array | None = None,
+        self, model: Any, state: State, conditions: Conditions, *, exit_row: jax.Array | None = None
     ) -> tuple[State, Chunk]:
         """The work between two emitted chunks.
 
@@ -145,8 +139,6 @@ class Sampler:
                 by `encode`.
             exit_row: Self-forcing form: solver steps before this row run without gradient, this row's clean prediction
                 is what the tick emits and commits, and it alone is differentiated. Needs one chunk in flight.
-            begin: With `exit_row`: clean latents of the chunk; noised to the row's level, they replace the steps
-                before it.
 
         Returns:
             State and the emitted chunk.
@@ -154,7 +146,7 @@ class Sampler:
         program = self.program
         flight = Flight.enter(self, state, conditions)
         if exit_row is not None:
-            flight = flight.run_to_exit(model, exit_row, begin)
+            flight = flight.run_to_exit(model, exit_row)
         else:
             for group in program.groups:
                 if group.kind != "commit":
@@ -216,14 +208,7 @@ class Sampler:
         return replace(state, origin=origin)
 
     def rollout(
-        self,
-        model: Any,
-        state: State,
-        conditions: Conditions,
-        chunks: int,
-        *,
-        exit_row: jax.Array | None = None,
-        begin: jax.Array | None = None,
+        self, model: Any, state: State, conditions: Conditions, chunks: int, *, exit_row: jax.Array | None = None
     ) -> tuple[State, jax.Array]:
         """Generates `chunks` chunks by scanning ticks.
 
@@ -233,7 +218,6 @@ class Sampler:
             conditions: Conditions of the generated frames; text projected by `encode`.
             chunks: Chunks to generate.
             exit_row: See `tick`; shared by all chunks.
-            begin: See `tick`; clean latents of all generated frames.
 
         Returns:
             State and latents `[b, chunks · chunk, h, w, c]`.
@@ -248,14 +232,11 @@ class Sampler:
             last = jnp.repeat(actions[:, -1:], program.delay * self.chunk, axis=1)
             actions = _chunked(jnp.concatenate([actions, last], axis=1), ticks)
 
-        def body(state: State, part: Any) -> tuple[State, jax.Array]:
-            actions, begin = part
-            conditions_now = replace(conditions, actions=actions)
-            state, chunk = self.tick(model, state, conditions_now, exit_row=exit_row, begin=begin)
+        def body(state: State, actions: Any) -> tuple[State, jax.Array]:
+            state, chunk = self.tick(model, state, replace(conditions, actions=actions), exit_row=exit_row)
             return state, chunk.latents
 
-        parts = actions, None if begin is None else _chunked(begin, ticks)
-        state, latents = jax.lax.scan(body, state, parts, length=ticks)
+        state, latents = jax.lax.scan(body, state, actions, length=ticks)
         latents = jnp.moveaxis(latents[program.delay :], 0, 1)
         return state, latents.reshape(latents.shape[0], chunks * self.chunk, *self.latent)
 
