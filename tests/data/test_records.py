@@ -1,7 +1,10 @@
 """Recorded episodes come back exactly, survive interruptions, and damage is noticed and named."""
 
+import gc
 import json
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -52,6 +55,39 @@ def test_any_part_of_any_episode_comes_back(tmp_path, actions):
                 assert got_actions.dtype == pressed.dtype
         np.testing.assert_array_equal(episodes.read(index)[0], frames)
     episodes.verify()
+
+
+class Cycle:
+    """Garbage whose finalizer runs Python, wherever a thread happens to be when it is collected."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        for _ in range(50):
+            pass
+
+
+def test_threads_read_at_once(tmp_path):
+    """Without a lock, parsing an array's header fails in one read of a few hundred."""
+    write(tmp_path)
+    episodes = Episodes(tmp_path)
+    expected = episodes.read(0)[0]
+
+    def read(_):
+        Cycle()
+        return episodes.read(0)[0]
+
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(10)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(read, range(3000)))
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
+    assert all((frames == expected).all() for frames in found)
 
 
 def test_encoded_video_comes_back_nearly_and_with_its_own_size(tmp_path):

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from vidar.errors import ConfigError, DataError, make_directory
 SCHEMA = "vidar.episodes.1"
 MANIFEST = "manifest.json"
 UNFINISHED = "manifest.partial.json"
+# numpy parses the header of an array as Python, which CPython 3.11 cannot do in two threads at once (cpython 106905).
+_PARSING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -294,9 +297,10 @@ def _pack(frames_fhwc: np.ndarray, actions: np.ndarray, form: Format) -> bytes:
 
 def _unpack(record: bytes, form: Format, where: str) -> tuple[np.ndarray, np.ndarray]:
     buffer = io.BytesIO(record)
-    actions = np.load(buffer, allow_pickle=False)
-    if form.encoding == "raw":
-        return np.load(buffer, allow_pickle=False), actions
+    with _PARSING:
+        actions = np.load(buffer, allow_pickle=False)
+        if form.encoding == "raw":
+            return np.load(buffer, allow_pickle=False), actions
     height, width = form.size
     return decode_video(buffer.read(), where)[:, :height, :width], actions
 
