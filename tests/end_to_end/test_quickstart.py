@@ -6,6 +6,7 @@ from vidar.cli.main import main
 from vidar.cli.quickstart import shipped
 from vidar.system import load
 from vidar.training.experiment import load_run_config
+from vidar.weights import read_meta
 
 ROLES = [("student", "teacher_forcing"), ("student", "self_forcing"), ("teacher", "teacher")]
 
@@ -30,3 +31,9 @@ def test_nonsense_is_refused_before_anything_is_made(minutes, tmp_path, capsys):
     assert main(["quickstart", "--output", str(tmp_path / "tour"), "--minutes", minutes]) == 2
     assert "--minutes=" in capsys.readouterr().err
     assert not (tmp_path / "tour").exists()
+
+
+def test_shipped_weights_name_no_places():
+    header = read_meta(shipped())
+    assert set(header["systems"]) == {"student", "teacher"}
+    assert not {"start", "student", "teacher"} & set().union(*(one["objective"] for one in header["systems"].values()))

@@ -184,7 +184,7 @@ def _remake(output: Path, options: argparse.Namespace) -> None:
     """Trains student, teacher and self forcing as their cards say, and writes the two networks into one file."""
     from vidar.evaluation.world import held_out, score
     from vidar.system import load
-    from vidar.training.experiment import system_dict
+    from vidar.training.experiment import portable_dict
     from vidar.weights import save_weights
 
     runs = output / "remake"
@@ -203,7 +203,7 @@ def _remake(output: Path, options: argparse.Namespace) -> None:
     system, student = load(runs / "self_forcing")
     teacher_system, teacher = load(runs / "teacher")
     path = output / SHIPPED
-    systems = {"student": system_dict(system.config), "teacher": system_dict(teacher_system.config)}
+    systems = {"student": portable_dict(system.config), "teacher": portable_dict(teacher_system.config)}
     save_weights(path, {"student": student, "teacher": teacher}, {"systems": systems}, dtype="bfloat16")
     truth = held_out(CLIPS, STREAMED)
     for name, source in (("shipped", shipped()), ("made again", path)):

@@ -138,14 +138,20 @@ def system_dict(config: SystemConfig) -> dict[str, Any]:
     return to_dict(SystemConfig(**{entry.name: getattr(config, entry.name) for entry in fields(SystemConfig)}))
 
 
+def portable_dict(config: SystemConfig) -> dict[str, Any]:
+    """As `system_dict`, without the places that networks started from: for weights that travel."""
+    system = system_dict(config)
+    for source in ("start", "student", "teacher"):
+        system["objective"].pop(source, None)
+    return system
+
+
 def _identity(config: RunConfig) -> dict[str, Any]:
     """What makes a run that goes on the same run: the system, but for where it computes and what it started from."""
-    identity = system_dict(config)
+    identity = portable_dict(config)
     for role in ("model", "teacher"):
         for free in ("backend", "remat"):
             (identity[role] or {}).pop(free, None)
-    for source in ("start", "student", "teacher"):
-        identity["objective"].pop(source, None)
     return identity
 
 
