@@ -1,6 +1,7 @@
 """Presets: published sizes, by shapes alone."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import nnx
 
 from vidar.attention.visibility import ChunkCausal, chunk_layout
 from vidar.errors import ConfigError
-from vidar.models.dit import DiT, DiTConfig
+from vidar.models.dit import DiT, DiTConfig, ImageConfig
 from vidar.models.frames import Conditions, Frames
 from vidar.models.presets import PRESETS, model_fields, preset
 
@@ -28,6 +29,10 @@ def parameters(model) -> int:
 @pytest.mark.parametrize("name", COUNTS)
 def test_wan_has_the_published_parameter_count(name):
     assert parameters(network(preset(name).model)) == COUNTS[name]
+
+
+def test_wans_image_to_video_has_the_published_parameter_count():
+    assert parameters(network(replace(preset("wan_14b").model, image=ImageConfig()))) == 16_394_878_784
 
 
 @pytest.mark.parametrize("name", MILLIONS)

@@ -259,10 +259,18 @@ def key_parts(
     return parts if geometry.capacity > geometry.sink else parts[:1]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "image_keys", "image_values"], meta_fields=[])
 @dataclass(frozen=True)
 class ConditionCache:
-    """Projected keys and values of text, `[l, b, s, n, d]`; differentiable, never cut."""
+    """Projected keys and values of text, and of an image or None, `[l, b, s, n, d]`; differentiable, never cut."""
 
     keys: Any
     values: Any
+    image_keys: Any = None
+    image_values: Any = None
+
+    @property
+    def parts(self) -> tuple[tuple[Any, Any], ...]:
+        """Keys and values of each attention."""
+        text = ((self.keys, self.values),)
+        return text if self.image_keys is None else (*text, (self.image_keys, self.image_values))

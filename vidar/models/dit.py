@@ -6,7 +6,7 @@ rows, frames, tokens of a frame, model width. This room must not know objectives
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -28,6 +28,8 @@ from vidar.models.layers import (
     ActionEmbedding,
     Actions,
     ClassEmbedding,
+    ImageEmbedding,
+    KeysAndValues,
     LayerNorm,
     Linear,
     Precision,
@@ -56,6 +58,23 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class ImageConfig:
+    """An image that conditions the video, as in Wan's image-to-video.
+
+    Attributes:
+        width: Channels of its features, which are attended beside the text.
+        latents: Channels of the further latents that each frame is given.
+    """
+
+    width: int = 1280
+    latents: int = 20
+
+    def __post_init__(self) -> None:
+        check_range("image.width", self.width, least=1)
+        check_range("image.latents", self.latents, least=0)
+
+
+@dataclass(frozen=True)
 class DiTConfig:
     """Shape and parts of a DiT.
 
@@ -70,6 +89,7 @@ class DiTConfig:
         qk_norm: RMS norm of queries and keys over the `"width"` (Wan), each `"head"`, or `"none"`.
         time_channels: Channels of the sinusoidal time embedding.
         text: Text cross-attention, or None.
+        image: Image that conditions the video, or None; needs text.
         actions: Per-frame actions added to the time embedding, or None.
         classes: Number of class labels, or None.
         rope: Rotary embedding.
@@ -89,6 +109,7 @@ class DiTConfig:
     qk_norm: str = "width"
     time_channels: int = 256
     text: TextConfig | None = None
+    image: ImageConfig | None = None
     actions: Actions | None = None
     classes: int | None = None
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -113,6 +134,8 @@ class DiTConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"model.{name}={getattr(self, name)!r} is unknown: use one of {', '.join(known)}")
+        if self.image is not None and self.text is None:
+            raise ConfigError("model.image is attended beside text: set model.text, too")
         self.rope.axes(self.head_dim)
 
     @property
@@ -160,6 +183,7 @@ class Block(nnx.Module):
         self.text_attention = (
             Projections(width, config.heads, config.qk_norm, rngs=rngs, dtype=dtype) if config.text else None
         )
+        self.image_attention = KeysAndValues(width, config.heads, rngs=rngs, dtype=dtype) if config.image else None
         self.mlp = MLP(width, config.mlp, rngs=rngs, dtype=dtype)
 
     def __call__(
@@ -172,7 +196,7 @@ class Block(nnx.Module):
             embedding: Shared modulation `[b, f, 6, m]` or embedding `[b, f, m]`, fp32.
             turn: Rotations of all tokens.
             attend: Function (q, k, v) → output over `[b, t, n, d]`.
-            attend_text: Function q `[b, f, p, n, d]` → output over the text's keys, or None.
+            attend_text: Function q `[b, f, p, n, d]` → output over the keys of text and image.
             dtype: Compute type.
 
         Returns:
@@ -195,7 +219,7 @@ class Block(nnx.Module):
         mixed = attend(query, key, value).reshape(b, f, p, *query.shape[2:])
         mixed = constrain(mixed, "batch", "frames", "tokens", "heads", None)
         x_bfpm = _gated(x_bfpm, gate, self.attention.merge(mixed, dtype))
-        if self.text_attention is not None and self.text_norm is not None and attend_text is not None:
+        if self.text_attention is not None and self.text_norm is not None:
             query = self.text_attention.queries(self.text_norm(x_bfpm), dtype)
             x_bfpm = x_bfpm + self.text_attention.merge(attend_text(query), dtype)
         hidden = modulate(x_bfpm, mlp_shift, mlp_scale, dtype)
@@ -218,7 +242,8 @@ class DiT(nnx.Module):
             rngs: Source of the initial values.
         """
         dtype, width = config.precision.params, config.width
-        inputs = config.channels * config.patch**2
+        area, image = config.patch**2, config.image
+        inputs = (config.channels + (image.latents if image else 0)) * area
         self.config = config
         self.patch = Linear(inputs, width, rngs=rngs, dtype=dtype)
         self.time = TimeEmbedding(config.time_channels, width, rngs=rngs, dtype=dtype)
@@ -229,25 +254,29 @@ class DiT(nnx.Module):
         text = config.text
         self.text_inner = Linear(text.width, width, rngs=rngs, scale=0.02, dtype=dtype) if text else None
         self.text_outer = Linear(width, width, rngs=rngs, scale=0.02, dtype=dtype) if text else None
+        self.image = ImageEmbedding(image.width, width, rngs=rngs, dtype=dtype) if image else None
         keys = jax.random.split(rngs.params(), config.layers)
         self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(keys)
         self.head_modulation = MODULATIONS[config.modulation](2, width, rngs=rngs, dtype=dtype)
-        self.head = Linear(width, inputs, rngs=rngs, scale=0.0, dtype=dtype)
+        self.head = Linear(width, config.channels * area, rngs=rngs, scale=0.0, dtype=dtype)
 
     # ------------------------------------------------------------------------------------------------- conditioning
 
-    def encode_conditioning(self, text_bsc: jax.Array, kept_b: jax.Array | None = None) -> ConditionCache:
-        """Projects text to each block's keys and values; differentiable.
+    def encode_conditioning(
+        self, text_bsc: jax.Array, kept_b: jax.Array | None = None, image_bsc: jax.Array | None = None
+    ) -> ConditionCache:
+        """Projects text, and an image's features, to each block's keys and values; differentiable.
 
         Args:
             text_bsc: Text states `[b, s, c]`.
             kept_b: Rows whose text is kept, bool `[b]`; others count as all-zero states.
+            image_bsc: Features of an image `[b, s, c]`, or None.
 
         Returns:
             Keys and values `[l, b, s, n, d]`.
 
         Raises:
-            ConfigError: The network has no text cross-attention, or the states have the wrong width.
+            ConfigError: The network has no text cross-attention or takes no image, or states have the wrong width.
         """
         config = self.config
         network = _gathered(self)
@@ -260,11 +289,23 @@ class DiT(nnx.Module):
             text_bsc = jnp.where(kept_b[:, None, None], text_bsc, jnp.zeros((), text_bsc.dtype))
         hidden = jax.nn.gelu(network.text_inner(text_bsc, dtype), approximate=True)
         states = constrain(network.text_outer(hidden, dtype), "batch", None, None)
+        image = None
+        if image_bsc is not None:
+            if config.image is None or network.image is None:
+                raise ConfigError("an image was given, but model.image is None: set model.image or leave it out")
+            if image_bsc.shape[-1] != config.image.width:
+                raise ConfigError(
+                    f"image features have {image_bsc.shape[-1]} channels, model.image.width={config.image.width}"
+                )
+            image = constrain(network.image(image_bsc, dtype), "batch", None, None)
 
-        def project(block: Block) -> tuple[jax.Array, jax.Array]:
+        def project(block: Block) -> tuple[jax.Array, ...]:
             block = _gathered(block)
             assert block.text_attention is not None
-            return block.text_attention.keys(states, dtype), block.text_attention.values(states, dtype)
+            projected = block.text_attention.keys(states, dtype), block.text_attention.values(states, dtype)
+            if image is None or block.image_attention is None:
+                return projected
+            return (*projected, *block.image_attention(image, dtype))
 
         return ConditionCache(*jax.lax.map(project, network.blocks))
 
@@ -313,7 +354,7 @@ class DiT(nnx.Module):
         network, config = _gathered(self), self.config
         dtype = jnp.dtype(config.precision.compute)
         height, width = (size // config.patch for size in streams[0].latents.shape[2:4])
-        latents = jnp.concatenate([stream.latents for stream in streams], axis=1)
+        latents = jnp.concatenate([self._inputs(stream, conditions) for stream in streams], axis=1)
         patches = rearrange(latents, "b f (h p) (w q) c -> b f (h w) (p q c)", p=config.patch, q=config.patch)
         x_bfpm = constrain(network.patch(patches, dtype), "batch", "frames", "tokens", None)
         embedding = constrain(network._embed(streams, conditions), "batch", "frames", None)
@@ -330,14 +371,17 @@ class DiT(nnx.Module):
             return kernels.attend(pattern, query, key, value, mask=masks[0], cached=cached)
 
         def block(x_bfpm: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            block, past, text = _gathered(layer[0]), *layer[1:]
-            attend_text = None if text is None else lambda query: kernels.attend_all(pattern, query, *text)
-            x_bfpm, key, value = block(x_bfpm, shared, turn, lambda *qkv: attend(*qkv, past), attend_text, dtype)
+            block, past, parts = _gathered(layer[0]), *layer[1:]
+
+            def attend_parts(query: jax.Array) -> jax.Array:
+                return reduce(jnp.add, (kernels.attend_all(pattern, query, *part) for part in parts))
+
+            x_bfpm, key, value = block(x_bfpm, shared, turn, lambda *qkv: attend(*qkv, past), attend_parts, dtype)
             return x_bfpm, (key, value, x_bfpm if taps else None)
 
         text = network._text(conditions)
         past = None if cache is None else (cache.keys, cache.values)
-        layers = (network.blocks, past, None if text is None else (text.keys, text.values))
+        layers = (network.blocks, past, () if text is None else text.parts)
         x_bfpm, (keys, values, features) = jax.lax.scan(
             jax.checkpoint(block) if config.remat else block, x_bfpm, layers
         )
@@ -349,9 +393,22 @@ class DiT(nnx.Module):
             return None
         if conditions.text is None:
             raise ConfigError("model.text is set, but no text was given")
-        if isinstance(conditions.text, ConditionCache):
-            return conditions.text
-        return self.encode_conditioning(conditions.text, conditions.text_kept)
+        if not isinstance(conditions.text, ConditionCache):
+            return self.encode_conditioning(conditions.text, conditions.text_kept, conditions.image)
+        return conditions.text
+
+    def _inputs(self, stream: Frames, conditions: Conditions) -> jax.Array:
+        """A stream's latents with the further ones that it is given."""
+        image = self.config.image
+        given = 0 if conditions.latents is None else conditions.latents.shape[-1]
+        if given != (image.latents if image else 0):
+            raise ConfigError(
+                f"{given} further latent channels were given, the network takes {image.latents if image else 0} "
+                "(model.image.latents)"
+            )
+        if conditions.latents is None:
+            return stream.latents
+        return jnp.concatenate([stream.latents, conditions.latents.astype(stream.latents.dtype)], axis=-1)
 
     def _predict(
         self, x_bfpm: jax.Array, embedding: jax.Array, frames: list[int], grid: tuple[int, int], dtype: Any
@@ -418,6 +475,8 @@ _KERNELS = {
     "time_projection": ("embed", None),
     "actions.inner": (None, "embed"),
     "actions.outer": (None, "embed"),
+    "image.inner": (None, "embed"),
+    "image.outer": (None, "embed"),
     "text_inner": (None, "embed"),
     "text_outer": ("embed", None),
     "query": ("embed", "heads"),

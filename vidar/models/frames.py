@@ -47,7 +47,7 @@ class Frames:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["text", "actions", "label", "actions_kept", "label_kept", "text_kept"],
+    data_fields=["text", "actions", "label", "image", "latents", "actions_kept", "label_kept", "text_kept"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Conditions:
         text: Text states `[b, s, c]`, or their projected keys and values.
         actions: Action on the way into each frame: int32 `[b, f]`, bool `[b, f, k]` or float32 `[b, f, k]`.
         label: Class of the video, int32 `[b]`.
+        image: Features of an image `[b, s, c]`; with projected text, they are projected with it.
+        latents: Further latents that each frame is given beside its own, `[b, f, h, w, c]`.
         actions_kept: Rows whose actions are not dropped, bool `[b]`; None for all.
         label_kept: Rows whose label is not dropped, bool `[b]`; None for all.
         text_kept: Rows whose text is not dropped, bool `[b]`; None for all. Dropped text is all zeros.
@@ -66,6 +68,8 @@ class Conditions:
     text: jax.Array | ConditionCache | None = None
     actions: jax.Array | None = None
     label: jax.Array | None = None
+    image: jax.Array | None = None
+    latents: jax.Array | None = None
     actions_kept: jax.Array | None = None
     label_kept: jax.Array | None = None
     text_kept: jax.Array | None = None
@@ -90,7 +94,8 @@ class Conditions:
 
     def frames(self, start: int, stop: int) -> "Conditions":
         """Conditions of frames `start:stop`."""
-        return self if self.actions is None else replace(self, actions=self.actions[:, start:stop])
+        parts = {name: getattr(self, name) for name in ("actions", "latents")}
+        return replace(self, **{name: None if part is None else part[:, start:stop] for name, part in parts.items()})
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["latents", "conditions", "index"], meta_fields=[])

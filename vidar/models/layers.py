@@ -271,6 +271,36 @@ class MLP(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x, dtype), approximate=True), dtype)
 
 
+class ImageEmbedding(nnx.Module):
+    """Wan's embedding of image features: norm, two linear layers around an exact GELU, norm."""
+
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs, dtype: str):
+        self.norm = LayerNorm(channels, dtype=dtype, eps=1e-5)
+        self.inner = Linear(channels, channels, rngs=rngs, dtype=dtype)
+        self.outer = Linear(channels, width, rngs=rngs, dtype=dtype)
+        self.last_norm = LayerNorm(width, dtype=dtype, eps=1e-5)
+
+    def __call__(self, image_bsc: jax.Array, dtype: Any) -> jax.Array:
+        """Embeds `[b, s, c]` to `[b, s, m]` in `dtype`."""
+        hidden = jax.nn.gelu(self.inner(self.norm(image_bsc), dtype), approximate=False)
+        return self.last_norm(self.outer(hidden, dtype))
+
+
+class KeysAndValues(nnx.Module):
+    """Key and value maps of an attention that shares its queries with another, with a norm of keys."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: str):
+        self.heads = heads
+        self.key = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.value = Linear(width, width, rngs=rngs, dtype=dtype)
+        self.key_norm = RMSNorm(width, dtype=dtype)
+
+    def __call__(self, x_bsm: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """Normed keys and values `[b, s, n, d]`."""
+        shape = (*x_bsm.shape[:-1], self.heads, -1)
+        return self.key_norm(self.key(x_bsm, dtype)).reshape(shape), self.value(x_bsm, dtype).reshape(shape)
+
+
 class Projections(nnx.Module):
     """Query, key, value and output maps of an attention, with norms of queries and keys."""
 

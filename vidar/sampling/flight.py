@@ -314,7 +314,8 @@ class Flight:
 def _null_text(model: Any, text: ConditionCache) -> ConditionCache:
     """Projected keys and values of dropped text, for as many rows as `text` has."""
     null = model.encode_conditioning(jnp.zeros((1, text.keys.shape[2], model.config.text.width), jnp.float32))
-    return jax.tree.map(lambda one, every: jnp.broadcast_to(one, every.shape), null, text)
+    keys, values = (jnp.broadcast_to(one, text.keys.shape) for one in (null.keys, null.values))
+    return replace(text, keys=keys, values=values)
 
 
 def _commit_time(commit: Commit) -> float:

@@ -3,7 +3,7 @@
 Branches are folded into the batch, branch-major, and each keeps its own caches. This room must not know networks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import jax
@@ -54,22 +54,13 @@ def fold(conditions: Conditions, guidance: Guidance) -> Conditions:
     if len(guidance) == 1 and not guidance[0].drops:
         return conditions
     text = conditions.text if isinstance(conditions.text, ConditionCache) else None
-    bare = Conditions(
-        None if text is not None else conditions.text,
-        conditions.actions,
-        conditions.label,
-        conditions.actions_kept,
-        conditions.label_kept,
-        conditions.text_kept,
-    )
+    bare = conditions if text is None else replace(conditions, text=None)
     rows = jax.tree.leaves(bare)[0].shape[0] if jax.tree.leaves(bare) else 0
     every = tuple(dict.fromkeys(name for branch in guidance for name in branch.drops))
     parts = [bare.drop(every, jnp.ones((rows,), bool)) for _ in guidance]
     parts = [part.drop(branch.drops, jnp.zeros((rows,), bool)) for part, branch in zip(parts, guidance, strict=True)]
     folded = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=0), *parts)
-    if text is None:
-        return folded
-    return Conditions(text, folded.actions, folded.label, folded.actions_kept, folded.label_kept, None)
+    return folded if text is None else replace(folded, text=text, text_kept=None)
 
 
 def combine(predictions: jax.Array, guidance: Guidance) -> jax.Array:

@@ -119,11 +119,12 @@ class Sampler:
         )
 
     def encode(self, model: Any, conditions: Conditions) -> Conditions:
-        """Projects text once per prompt, for all branches; other conditions pass through."""
+        """Projects text and image once per prompt, for all branches; other conditions pass through."""
         if conditions.text is None:
             return conditions
-        folded = fold(replace(conditions, actions=None, label=None), self.guidance)
-        return replace(conditions, text=model.encode_conditioning(folded.text, folded.text_kept), text_kept=None)
+        folded = fold(replace(conditions, actions=None, label=None, latents=None), self.guidance)
+        text = model.encode_conditioning(folded.text, folded.text_kept, folded.image)
+        return replace(conditions, text=text, text_kept=None, image=None)
 
     # --------------------------------------------------------------------------------------------------------- tick
 

@@ -1,0 +1,83 @@
+"""Wan's networks against diffusers itself, and PyTorch's files against PyTorch."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.golden import wan as golden
+from tests.interop.test_sources import ARRAYS, stored
+from vidar.interop import tables, wan
+from vidar.interop.sources import open_tensors
+from vidar.interop.torch_file import write_torch_file
+
+pytestmark = pytest.mark.parity
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    with np.load(golden.ARRAYS) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_the_stored_outputs_of_transformers_are_diffusers(arrays, image):
+    expected = golden.transformed(golden.transformer(image), image)
+    np.testing.assert_allclose(arrays["i2v" if image else "t2v"], expected, atol=1e-5)
+
+
+def test_the_stored_outputs_of_the_vae_are_diffusers(arrays):
+    model = golden.vae()
+    np.testing.assert_allclose(arrays["encoded"], golden.encoded(model), atol=1e-5)
+    np.testing.assert_allclose(arrays["decoded"], golden.decoded(model, arrays["encoded"])[:, :, ::4, ::4], atol=1e-5)
+
+
+def test_the_stored_names_are_diffusers():
+    known = json.loads(golden.NAMES.read_text())
+    for name, names in golden.real_names().items():
+        assert known[name]["diffusers"] == golden.folded(names)
+
+
+def test_diffusers_loads_what_goes_out():
+    import torch
+
+    for image in (False, True):
+        model = golden.transformer(image)
+        given = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+        config, layout = wan.dit_config(stored(given), golden.HEAD)
+        template, table = wan.dit_template(config), wan.dit_table(config)
+        network = tables.load(stored(given), template, table, layout)
+        out = {name: torch.from_numpy(one.read()) for name, one in tables.tensors_of(network, table, layout).items()}
+        expected = golden.transformed(model, image)
+        model.load_state_dict(out, strict=True)
+        np.testing.assert_array_equal(golden.transformed(model, image), expected)
+
+
+def test_pytorch_reads_what_is_written_and_the_other_way_round(tmp_path):
+    import torch
+
+    path = tmp_path / "x.pt"
+    write_torch_file(path, {"generator_ema": stored(ARRAYS)})
+    for mapped in (False, True):
+        found = torch.load(path, weights_only=True, mmap=mapped)["generator_ema"]
+        assert list(found) == list(ARRAYS)
+        for name, array in ARRAYS.items():
+            assert tuple(found[name].shape) == array.shape
+            np.testing.assert_array_equal(found[name].float().numpy(), array.astype(np.float32))
+    base = torch.arange(24.0).reshape(4, 6)
+    views = {
+        "whole": base,
+        "turned": base.T,
+        "part": base[1:3, ::2],
+        "parameter": torch.nn.Parameter(base[0].bfloat16()),
+    }
+    torch.save({"generator": {f"model.{name}": tensor for name, tensor in views.items()}, "step": 3}, path)
+    tensors = open_tensors(path)
+    expected = {name: tensor.detach().float().numpy() for name, tensor in views.items()}
+    for name, array in expected.items():
+        np.testing.assert_array_equal(tensors[name].read().astype(np.float32), array)
+    torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    assert {name: tensor.shape for name, tensor in open_tensors(path).items()} == {"weight": (2, 2), "bias": (2,)}
+    torch.save({"model": torch.nn.Linear(2, 2)}, path)
+    with pytest.raises(Exception, match=r"torch.nn.modules.linear.Linear, which is not read because it could run code"):
+        open_tensors(path)

@@ -1,0 +1,196 @@
+"""Wan 2.1's networks in two layouts: the original, which Self Forcing and its kin share, and diffusers'."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from vidar.errors import CheckpointError
+from vidar.interop.sources import Tensors
+from vidar.interop.tables import Row, Table
+from vidar.models.codecs.wan_vae import WanVAE, WanVAEConfig
+from vidar.models.dit import DiT, DiTConfig, ImageConfig, TextConfig
+from vidar.models.layers import Precision
+
+_LINEARS = (  # vidar's module, the original's, diffusers'
+    ("text_inner", "text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_outer", "text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time.inner", "time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time.outer", "time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection", "time_projection.1", "condition_embedder.time_proj"),
+    ("head", "head.head", "proj_out"),
+    ("image.inner", "img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("image.outer", "img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("blocks.image_attention.key", "blocks.{}.cross_attn.k_img", "blocks.{}.attn2.add_k_proj"),
+    ("blocks.image_attention.value", "blocks.{}.cross_attn.v_img", "blocks.{}.attn2.add_v_proj"),
+    ("blocks.mlp.up", "blocks.{}.ffn.0", "blocks.{}.ffn.net.0.proj"),
+    ("blocks.mlp.down", "blocks.{}.ffn.2", "blocks.{}.ffn.net.2"),
+)
+_ATTENTIONS = (("attention", "self_attn", "attn1"), ("text_attention", "cross_attn", "attn2"))
+_PROJECTIONS = (("query", "q", "to_q"), ("key", "k", "to_k"), ("value", "v", "to_v"), ("output", "o", "to_out.0"))
+
+
+# --------------------------------------------------------------------------------------------------------------- DiT
+
+
+def dit_table(config: DiTConfig) -> Table:
+    """Every tensor of a transformer of Wan's kind."""
+    return tuple(_dit_rows(config))
+
+
+def dit_template(config: DiTConfig) -> DiT:
+    """The transformer with `jax.ShapeDtypeStruct` leaves."""
+    return jax.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
+
+
+def dit_config(tensors: Tensors, head_dim: int = 128, precision: Precision | None = None) -> tuple[DiTConfig, str]:
+    """Reads off a checkpoint which transformer it is of.
+
+    Args:
+        tensors: The checkpoint.
+        head_dim: Channels of a head, which no shape tells; all of Wan's have 128.
+        precision: Types of the network; None stores parameters as the checkpoint does and computes in bf16.
+
+    Returns:
+        The network's config, and the layout.
+
+    Raises:
+        CheckpointError: It is none of Wan's transformers.
+    """
+    rows = {row.ours: row for row in dit_table(DiTConfig())}
+    marks = rows["head.kernel"].theirs
+    layout = next((layout for layout, name in marks.items() if name in tensors), None)
+    if layout is None:
+        first = ", ".join(list(tensors)[:3])
+        raise CheckpointError(f"no transformer of Wan's: it has neither {' nor '.join(marks.values())}, but {first} …")
+
+    def name(ours: str, block: int = 0) -> str:
+        return rows[ours].theirs[layout].format(block)
+
+    def size(ours: str, axis: int) -> int:
+        stored = tensors.get(name(ours))
+        if stored is None or len(stored.shape) <= axis:
+            raise CheckpointError(f"{name(ours)} is missing or has another shape than Wan's")
+        return stored.shape[axis]
+
+    width, patch = size("patch.bias", 0), size("patch.kernel", 3)
+    if width % head_dim:
+        raise CheckpointError(f"the network is {width} wide, which heads of {head_dim} channels do not fill")
+    layers = 0
+    while name("blocks.modulation.table", layers) in tensors:
+        layers += 1
+    channels, mlp = size("head.kernel", 0) // patch**2, size("blocks.mlp.up.kernel", 0)
+    image = None
+    if name("image.inner.kernel") in tensors:
+        image = ImageConfig(size("image.inner.kernel", 1), size("patch.kernel", 1) - channels)
+    config = DiTConfig(
+        width=width,
+        layers=layers,
+        heads=width // head_dim,
+        mlp=mlp,
+        channels=channels,
+        patch=patch,
+        time_channels=size("time.inner.kernel", 1),
+        text=TextConfig(width=size("text_inner.kernel", 1)),
+        image=image,
+        precision=precision or Precision(params=tensors[name("blocks.mlp.up.kernel")].dtype.name),
+    )
+    return config, layout
+
+
+def _dit_rows(config: DiTConfig) -> Iterator[Row]:
+    def row(ours: str, original: str, diffusers: str, pattern: str = "c -> c", **sizes: int) -> Row:
+        return Row(ours, {"original": original, "diffusers": diffusers}, pattern, sizes)
+
+    def linear(ours: str, original: str, diffusers: str, outputs: tuple[str, str] = ("o", "o"), **sizes: int) -> Any:
+        there, here = outputs
+        yield row(f"{ours}.kernel", f"{original}.weight", f"{diffusers}.weight", f"{there} i -> i {here}", **sizes)
+        yield row(f"{ours}.bias", f"{original}.bias", f"{diffusers}.bias", f"{there} -> {here}", **sizes)
+
+    patch = {"p": config.patch, "q": config.patch}
+    yield row("patch.kernel", *["patch_embedding.weight"] * 2, "m c 1 p q -> (p q c) m", **patch)
+    yield row("patch.bias", *["patch_embedding.bias"] * 2)
+    table = "1 r m -> r m"
+    yield row("blocks.modulation.table", "blocks.{}.modulation", "blocks.{}.scale_shift_table", table)
+    yield row("head_modulation.table", "head.modulation", "scale_shift_table", table)
+    for names in _LINEARS:
+        yield from linear(*names)
+    # Where positions rotate channels, Wan pairs neighbours, and vidar the two halves of a head.
+    halves, heads = ("(n d two)", "(n two d)"), {"n": config.heads, "two": 2}
+    for ours, original, diffusers in _ATTENTIONS:
+        ours, original, diffusers = f"blocks.{ours}", f"blocks.{{}}.{original}", f"blocks.{{}}.{diffusers}"
+        for part, letter, module in _PROJECTIONS:
+            names = f"{ours}.{part}", f"{original}.{letter}", f"{diffusers}.{module}"
+            rotated = ours == "blocks.attention" and part in ("query", "key")
+            yield from linear(*names, outputs=halves, **heads) if rotated else linear(*names)
+        for part, name in (("query_norm", "norm_q"), ("key_norm", "norm_k")):
+            names = f"{ours}.{part}.weight", f"{original}.{name}.weight", f"{diffusers}.{name}.weight"
+            yield row(*names, " -> ".join(halves), **heads) if ours == "blocks.attention" else row(*names)
+    norms = "blocks.{}.cross_attn.norm_k_img.weight", "blocks.{}.attn2.norm_added_k.weight"
+    yield row("blocks.image_attention.key_norm.weight", *norms)
+    for name in ("weight", "bias"):
+        # The norm before cross-attention is Wan's norm3 and diffusers' norm2; the other two have no parameters.
+        yield row(f"blocks.text_norm.{name}", f"blocks.{{}}.norm3.{name}", f"blocks.{{}}.norm2.{name}")
+        for ours, original, diffusers in (("norm", "proj.0", "norm1"), ("last_norm", "proj.4", "norm2")):
+            theirs = f"img_emb.{original}.{name}", f"condition_embedder.image_embedder.{diffusers}.{name}"
+            yield row(f"image.{ours}.{name}", *theirs)
+
+
+# --------------------------------------------------------------------------------------------------------------- VAE
+
+
+def vae_table(config: WanVAEConfig) -> Table:
+    """Every tensor of the VAE."""
+    return tuple(_vae_rows(config))
+
+
+def vae_template(config: WanVAEConfig) -> WanVAE:
+    """The VAE with `jax.ShapeDtypeStruct` leaves."""
+    return jax.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+
+
+def _vae_rows(config: WanVAEConfig) -> Iterator[Row]:
+    def conv(ours: str, original: str, diffusers: str, pattern: str = "o i t h w -> t h w i o") -> Iterator[Row]:
+        names = {"original": original, "diffusers": diffusers}
+        yield Row(f"{ours}.kernel", {layout: f"{name}.weight" for layout, name in names.items()}, pattern)
+        yield Row(f"{ours}.bias", {layout: f"{name}.bias" for layout, name in names.items()})
+
+    def norm(ours: str, original: str, diffusers: str, pattern: str = "c 1 1 1 -> c") -> Row:
+        return Row(f"{ours}.weight", {"original": f"{original}.gamma", "diffusers": f"{diffusers}.gamma"}, pattern)
+
+    def residual(ours: str, original: str, diffusers: str) -> Iterator[Row]:
+        yield norm(f"{ours}.norm", f"{original}.residual.0", f"{diffusers}.norm1")
+        yield from conv(f"{ours}.inner", f"{original}.residual.2", f"{diffusers}.conv1")
+        yield norm(f"{ours}.inner_norm", f"{original}.residual.3", f"{diffusers}.norm2")
+        yield from conv(f"{ours}.outer", f"{original}.residual.6", f"{diffusers}.conv2")
+        yield from conv(f"{ours}.shortcut", f"{original}.shortcut", f"{diffusers}.conv_shortcut")
+
+    def resampling(ours: str, original: str, diffusers: str) -> Iterator[Row]:
+        yield from conv(f"{ours}.space", f"{original}.resample.1", f"{diffusers}.resample.1", "o i h w -> 1 h w i o")
+        yield from conv(f"{ours}.time", f"{original}.time_conv", f"{diffusers}.time_conv")
+
+    yield from conv("to_latent", "conv1", "quant_conv")
+    yield from conv("from_latent", "conv2", "post_quant_conv")
+    for part in ("encoder", "decoder"):
+        yield from conv(f"{part}.enter", f"{part}.conv1", f"{part}.conv_in")
+        yield norm(f"{part}.norm", f"{part}.head.0", f"{part}.norm_out")
+        yield from conv(f"{part}.leave", f"{part}.head.2", f"{part}.conv_out")
+        for index, number in ((0, 0), (2, 1)):
+            names = f"{part}.middle.{index}", f"{part}.middle.{index}", f"{part}.mid_block.resnets.{number}"
+            yield from residual(*names)
+        ours, diffusers = f"{part}.middle.1", f"{part}.mid_block.attentions.0"
+        yield norm(f"{ours}.norm", f"{ours}.norm", f"{diffusers}.norm", "c 1 1 -> c")
+        flat = "o i 1 1 -> 1 1 1 i o"
+        yield from conv(f"{ours}.inner", f"{ours}.to_qkv", f"{diffusers}.to_qkv", flat)
+        yield from conv(f"{ours}.outer", f"{ours}.proj", f"{diffusers}.proj", flat)
+        blocks = config.blocks + (part == "decoder")
+        for index in range(len(config.multipliers) * (blocks + 1) - 1):
+            level, block = divmod(index, blocks + 1)
+            ours, original = f"{part}.layers.{index}", f"{part}.{'down' if part == 'encoder' else 'up'}samples.{index}"
+            if part == "encoder":
+                diffusers = f"encoder.down_blocks.{index}"
+            else:
+                place = "upsamplers.0" if block == blocks else f"resnets.{block}"
+                diffusers = f"decoder.up_blocks.{level}.{place}"
+            yield from (resampling if block == blocks else residual)(ours, original, diffusers)
