@@ -1,4 +1,4 @@
-"""What diffusers computes with small Wan networks of seeded weights, and how it names the tensors of the real ones.
+"""What diffusers and transformers compute with small networks of seeded weights, and how they name real ones.
 
 `python -m tests.golden.wan` (with the `parity` extra) writes the arrays and names that the default suite compares with.
 Weights and inputs follow from names and shapes alone, so that only outputs are stored.
@@ -19,6 +19,10 @@ DIT = dict(num_attention_heads=2, attention_head_dim=HEAD, in_channels=16, out_c
 DIT |= dict(freq_dim=64, ffn_dim=96, num_layers=2)
 I2V = DIT | dict(in_channels=36, image_dim=40, added_kv_proj_dim=2 * HEAD)
 MEAN, DEVIATION = (0.5, -0.25, 0.0, 1.0), (1.5, 2.0, 0.5, 1.0)
+TEXT = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+XXL = TEXT | dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+LENGTHS = (200, 77)
+TIED = "encoder.embed_tokens.weight"  # the same array as shared.weight, which alone is written to files
 VAE = dict(base_dim=8, z_dim=4, latents_mean=list(MEAN), latents_std=list(DEVIATION))
 REAL = {
     "wan_1_3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
@@ -73,7 +77,7 @@ def fill(model) -> None:
     import torch
 
     with torch.no_grad():
-        for name, parameter in model.state_dict().items():
+        for name, parameter in model.named_parameters():  # names each tied one once, by its first name
             parameter.copy_(torch.from_numpy(weight(name, tuple(parameter.shape))))
 
 
@@ -125,29 +129,56 @@ def decoded(model, latents: np.ndarray) -> np.ndarray:
         return model.decode(torch.from_numpy(scaled).permute(0, 4, 1, 2, 3)).sample.permute(0, 2, 3, 4, 1).numpy()
 
 
+def tokens() -> np.ndarray:
+    """Tokens of two prompts, padded to the longer one."""
+    return np.random.default_rng(0).integers(0, TEXT["vocab_size"], (2, max(LENGTHS))).astype(np.int32)
+
+
+def text_encoder():
+    """transformers' small UMT5."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    model = UMT5EncoderModel(UMT5Config(**TEXT)).eval()
+    fill(model)
+    return model
+
+
+def text_states(model) -> np.ndarray:
+    """The states of `tokens`, zero where padding is."""
+    import torch
+
+    kept = np.arange(max(LENGTHS))[None] < np.asarray(LENGTHS)[:, None]
+    with torch.no_grad():
+        output = model(torch.from_numpy(tokens()).long(), attention_mask=torch.from_numpy(kept).long())
+    return output.last_hidden_state.numpy() * kept[..., None]
+
+
 def real_names() -> dict[str, dict[str, list[int]]]:
     """Names and shapes of the real networks' tensors in diffusers."""
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
 
     with torch.device("meta"):
-        models = {name: WanTransformer3DModel(**fields) for name, fields in REAL.items()} | {"vae": AutoencoderKLWan()}
+        models = {name: WanTransformer3DModel(**fields) for name, fields in REAL.items()}
+        models |= {"vae": AutoencoderKLWan(), "umt5": UMT5EncoderModel(UMT5Config(**XXL))}
     return {
-        name: {tensor: list(value.shape) for tensor, value in model.state_dict().items()}
+        name: {tensor: list(value.shape) for tensor, value in model.state_dict().items() if tensor != TIED}
         for name, model in models.items()
     }
 
 
 def folded(names: dict[str, list[int]]) -> dict[str, list[int]]:
     """Names with those of numbered blocks written once, as `blocks.0-29.…`."""
-    blocks: dict[str, list[int]] = {}
-    for name in names:
-        if match := re.match(r"blocks\.(\d+)\.(.*)", name):
-            blocks.setdefault(match[2], []).append(int(match[1]))
-    found = {name: shape for name, shape in names.items() if not re.match(r"blocks\.\d+\.", name)}
-    for rest, numbers in blocks.items():
+    found, blocks = {}, {}
+    for name, shape in names.items():
+        if match := re.match(r"(blocks|encoder\.block)\.(\d+)\.(.*)", name):
+            blocks.setdefault((match[1], match[3]), []).append(int(match[2]))
+        else:
+            found[name] = shape
+    for (start, rest), numbers in blocks.items():
         assert numbers == list(range(len(numbers)))
-        found[f"blocks.0-{numbers[-1]}.{rest}"] = names[f"blocks.0.{rest}"]
+        found[f"{start}.0-{numbers[-1]}.{rest}"] = names[f"{start}.0.{rest}"]
     return found
 
 
@@ -155,8 +186,8 @@ def unfolded(names: dict[str, list[int]]) -> dict[str, tuple[int, ...]]:
     """The inverse of `folded`."""
     found = {}
     for name, shape in names.items():
-        match = re.match(r"blocks\.0-(\d+)\.(.*)", name)
-        every = [f"blocks.{number}.{match[2]}" for number in range(int(match[1]) + 1)] if match else [name]
+        match = re.match(r"(.*)\.0-(\d+)\.(.*)", name)
+        every = [f"{match[1]}.{number}.{match[3]}" for number in range(int(match[2]) + 1)] if match else [name]
         found |= dict.fromkeys(every, tuple(shape))
     return found
 
@@ -166,6 +197,7 @@ def main() -> None:
     model = vae()
     latents = encoded(model)
     arrays = {"t2v": transformed(transformer(False), False), "i2v": transformed(transformer(True), True)}
+    arrays |= {"text": text_states(text_encoder())}
     arrays |= {"encoded": latents, "decoded": decoded(model, latents)[:, :, ::4, ::4]}
     np.savez_compressed(ARRAYS, **arrays)
     known = json.loads(NAMES.read_text()) if NAMES.is_file() else {}

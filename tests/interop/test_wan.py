@@ -20,6 +20,7 @@ from vidar.models.dit import DiTConfig, ImageConfig, TextConfig
 from vidar.models.frames import Conditions, Frames
 from vidar.models.layers import Precision
 from vidar.models.presets import preset
+from vidar.models.umt5 import UMT5Config, position_buckets
 
 FP32 = Precision("float32", "float32")
 SMALL = DiTConfig(
@@ -34,6 +35,7 @@ SMALL = DiTConfig(
     precision=FP32,
 )
 DITS = {"t2v": SMALL, "i2v": replace(SMALL, image=ImageConfig(width=40))}
+TEXT = UMT5Config(width=32, layers=2, heads=4, head_dim=8, mlp=48, vocabulary=50, precision=FP32)
 VAE = WanVAEConfig(width=8, mean=golden.MEAN, deviation=golden.DEVIATION)
 
 
@@ -53,34 +55,36 @@ def stored(array) -> Stored:
     return Stored(array.shape, array.dtype, lambda: array)
 
 
-def loaded(config, layout="diffusers"):
+def described(config):
+    """A network's template and table."""
     if isinstance(config, WanVAEConfig):
-        template, table = wan.vae_template(config), wan.vae_table(config)
-    else:
-        template, table = wan.dit_template(config), wan.dit_table(config)
-    return tables.load(seeded(template, table), template, table, layout)
+        return wan.vae_template(config), wan.vae_table(config)
+    if isinstance(config, UMT5Config):
+        return wan.umt5_template(config), wan.umt5_table(config)
+    return wan.dit_template(config), wan.dit_table(config)
+
+
+def loaded(config):
+    template, table = described(config)
+    return tables.load(seeded(template, table), template, table, "diffusers")
 
 
 # ------------------------------------------------------------------------------------------------- names and shapes
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
-@pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "wan_14b_i2v", "vae"])
+@pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "wan_14b_i2v", "vae", "umt5"])
 def test_every_tensor_of_the_real_networks_has_its_name_and_shape(name, layout):
     known = golden.unfolded(json.loads(golden.NAMES.read_text())[name][layout])
-    if name == "vae":
-        found = tables.shapes(wan.vae_template(WanVAEConfig()), wan.vae_table(WanVAEConfig()), layout)
-    else:
-        config = real(name)
-        found = tables.shapes(wan.dit_template(config), wan.dit_table(config), layout)
-    assert found == known
+    config = {"vae": WanVAEConfig(), "umt5": UMT5Config()}.get(name) or real(name)
+    assert tables.shapes(*described(config), layout) == known
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 @pytest.mark.parametrize("name", ["wan_1_3b", "wan_14b", "wan_14b_i2v"])
 def test_a_checkpoint_tells_its_network(name, layout):
     config = real(name)
-    shapes = tables.shapes(wan.dit_template(config), wan.dit_table(config), layout)
+    shapes = tables.shapes(*described(config), layout)
     found = wan.dit_config({tensor: Stored(shape, np.dtype(np.float16), None) for tensor, shape in shapes.items()})
     assert found == (replace(config, precision=Precision("float16")), layout)
 
@@ -88,7 +92,7 @@ def test_a_checkpoint_tells_its_network(name, layout):
 def test_other_networks_are_no_transformers_of_wans():
     with pytest.raises(CheckpointError, match=r"neither head.head.weight nor proj_out.weight, but a.weight"):
         wan.dit_config({"a.weight": stored(np.zeros(1))})
-    tensors = seeded(wan.dit_template(SMALL), wan.dit_table(SMALL))
+    tensors = seeded(*described(SMALL))
     with pytest.raises(CheckpointError, match="48 wide, which heads of 128 channels do not fill"):
         wan.dit_config(tensors)
     del tensors["patch_embedding.bias"]
@@ -130,6 +134,24 @@ def test_the_vae_computes_what_diffusers_does():
     assert near(decode(jnp.asarray(latents))[:, :, ::4, ::4], frames, 1e-4)
 
 
+def test_the_text_encoder_computes_what_transformers_does():
+    model, lengths = loaded(TEXT), jnp.asarray(golden.LENGTHS, jnp.int32)
+    found = quick_jit(lambda tokens, lengths: model(tokens, lengths))(jnp.asarray(golden.tokens()), lengths)
+    with np.load(golden.ARRAYS) as arrays:
+        assert near(found, arrays["text"], 2e-5)
+    assert not np.any(found[1, golden.LENGTHS[1] :])
+
+
+def test_positions_share_buckets_as_they_grow_apart():
+    bucket = position_buckets(300, 32, 128)
+    assert bucket[0, :9].tolist() == [0, 17, 18, 19, 20, 21, 22, 23, 24]
+    assert bucket[:9, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert (bucket[0, 128:] == 31).all()
+    assert (bucket[128:, 0] == 15).all()
+    assert (np.diff(bucket[0, 1:]) >= 0).all()
+    assert len(set(bucket[0, 1:])) == len(set(bucket[1:, 0])) == 15
+
+
 def near(found, expected, tolerance) -> bool:
     """Whether the largest error is within a tolerance of the largest value."""
     assert found.shape == expected.shape
@@ -140,12 +162,9 @@ def near(found, expected, tolerance) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
-@pytest.mark.parametrize("config", [*DITS.values(), VAE], ids=[*DITS, "vae"])
+@pytest.mark.parametrize("config", [*DITS.values(), VAE, TEXT], ids=[*DITS, "vae", "text"])
 def test_what_goes_out_comes_back_bit_for_bit(config, layout):
-    if isinstance(config, WanVAEConfig):
-        template, table = wan.vae_template(config), wan.vae_table(config)
-    else:
-        template, table = wan.dit_template(config), wan.dit_table(config)
+    template, table = described(config)
     tensors = seeded(template, table)
     network = tables.load(tensors, template, table, "diffusers")
     out = tables.tensors_of(network, table, layout)
@@ -159,7 +178,7 @@ def test_what_goes_out_comes_back_bit_for_bit(config, layout):
 
 
 def test_missing_left_over_and_misshapen_tensors_are_named():
-    template, table = wan.dit_template(SMALL), wan.dit_table(SMALL)
+    template, table = described(SMALL)
     tensors = seeded(template, table)
 
     def refused(message, **changes):

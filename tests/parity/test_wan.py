@@ -10,6 +10,7 @@ from tests.interop.test_sources import ARRAYS, stored
 from vidar.interop import tables, wan
 from vidar.interop.sources import open_tensors
 from vidar.interop.torch_file import write_torch_file
+from vidar.models.umt5 import position_buckets
 
 pytestmark = pytest.mark.parity
 
@@ -30,6 +31,19 @@ def test_the_stored_outputs_of_the_vae_are_diffusers(arrays):
     model = golden.vae()
     np.testing.assert_allclose(arrays["encoded"], golden.encoded(model), atol=1e-5)
     np.testing.assert_allclose(arrays["decoded"], golden.decoded(model, arrays["encoded"])[:, :, ::4, ::4], atol=1e-5)
+
+
+def test_the_stored_outputs_of_the_text_encoder_are_those_of_transformers(arrays):
+    np.testing.assert_allclose(arrays["text"], golden.text_states(golden.text_encoder()), atol=1e-5)
+
+
+def test_position_buckets_are_those_of_transformers():
+    import torch
+
+    attention = golden.text_encoder().encoder.block[0].layer[0].SelfAttention
+    position = torch.arange(512)
+    expected = attention._relative_position_bucket(position[None, :] - position[:, None])
+    np.testing.assert_array_equal(position_buckets(512, 32, 128), expected.numpy())
 
 
 def test_the_stored_names_are_diffusers():

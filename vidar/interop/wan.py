@@ -12,6 +12,7 @@ from vidar.interop.tables import Row, Table
 from vidar.models.codecs.wan_vae import WanVAE, WanVAEConfig
 from vidar.models.dit import DiT, DiTConfig, ImageConfig, TextConfig
 from vidar.models.layers import Precision
+from vidar.models.umt5 import UMT5, UMT5Config
 
 _LINEARS = (  # vidar's module, the original's, diffusers'
     ("text_inner", "text_embedding.0", "condition_embedder.text_embedder.linear_1"),
@@ -194,3 +195,34 @@ def _vae_rows(config: WanVAEConfig) -> Iterator[Row]:
                 place = "upsamplers.0" if block == blocks else f"resnets.{block}"
                 diffusers = f"decoder.up_blocks.{level}.{place}"
             yield from (resampling if block == blocks else residual)(ours, original, diffusers)
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def umt5_table(config: UMT5Config) -> Table:
+    """Every tensor of the text encoder; diffusers keeps it in the layout of transformers."""
+    del config
+    return tuple(_umt5_rows())
+
+
+def umt5_template(config: UMT5Config) -> UMT5:
+    """The text encoder with `jax.ShapeDtypeStruct` leaves."""
+    return jax.eval_shape(lambda: UMT5(config, rngs=nnx.Rngs(0)))
+
+
+def _umt5_rows() -> Iterator[Row]:
+    def row(ours: str, original: str, transformers: str, pattern: str = "c -> c") -> Row:
+        return Row(ours, {"original": f"{original}.weight", "diffusers": f"{transformers}.weight"}, pattern)
+
+    block, attention, mlp = "encoder.block.{}.layer", "0.SelfAttention", "1.DenseReluDense"
+    yield row("embedding", "token_embedding", "shared", "v c -> v c")
+    yield row("norm.weight", "norm", "encoder.final_layer_norm")
+    yield row("blocks.norm.weight", "blocks.{}.norm1", f"{block}.0.layer_norm")
+    yield row("blocks.mlp_norm.weight", "blocks.{}.norm2", f"{block}.1.layer_norm")
+    bias = f"{block}.{attention}.relative_attention_bias"
+    yield row("blocks.positions", "blocks.{}.pos_embedding.embedding", bias, "b n -> b n")
+    for ours, name in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
+        yield row(f"blocks.{ours}.kernel", f"blocks.{{}}.attn.{name}", f"{block}.{attention}.{name}", "o i -> i o")
+    for ours, original, name in (("gate", "gate.0", "wi_0"), ("up", "fc1", "wi_1"), ("down", "fc2", "wo")):
+        yield row(f"blocks.{ours}.kernel", f"blocks.{{}}.ffn.{original}", f"{block}.{mlp}.{name}", "o i -> i o")
