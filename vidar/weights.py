@@ -5,9 +5,10 @@ For inference and for what a package ships; training state lives in checkpoints.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -36,20 +37,38 @@ def save_weights(path: str | Path, networks: Mapping[str, Any], meta: Mapping[st
         for role, network in networks.items()
         for leaf_path, leaf in jax.tree_util.tree_flatten_with_path(network)[0]
     }
+    with whole_file(path) as file:
+        file.write(save(arrays, {"vidar": json.dumps(dict(meta), sort_keys=True)}))
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that replaces the one of that name when it is complete, and never before.
+
+    Args:
+        path: The file; its folder is made.
+
+    Yields:
+        What to write to.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
+    make_directory(path.parent, CheckpointError)
     try:
-        make_directory(path.parent, CheckpointError)
         with part.open("wb") as file:
-            file.write(save(arrays, {"vidar": json.dumps(dict(meta), sort_keys=True)}))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another"
         ) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:

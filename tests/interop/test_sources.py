@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vidar.errors import CheckpointError
+from vidar.errors import CheckpointError, ConfigError
 from vidar.interop.sources import Stored, open_tensors, without_wrappers
+from vidar.interop.targets import save_tensors
 from vidar.interop.torch_file import read_torch_file, write_torch_file
 
 RNG = np.random.default_rng(0)
@@ -94,6 +95,35 @@ def test_storages_begin_where_they_can_be_mapped(tmp_path):
             if "/data/" in entry.filename:
                 with archive.open(entry) as file:
                     assert file._orig_compress_start % 64 == 0
+
+
+def test_large_checkpoints_are_written_in_shards(tmp_path):
+    files = save_tensors(tmp_path / "x", stored(ARRAYS), stem="part", shard=60)
+    assert [file.name for file in files] == [f"part-0000{n}-of-00002.safetensors" for n in (1, 2)] + [
+        "part.safetensors.index.json"
+    ]
+    assert_holds({name: open_tensors(tmp_path / "x")[name] for name in ARRAYS})
+    with pytest.raises(ConfigError, match="do not fit into one file"):
+        save_tensors(tmp_path / "x.safetensors", stored(ARRAYS), shard=60)
+    assert save_tensors(tmp_path / "x.safetensors", stored(ARRAYS)) == [tmp_path / "x.safetensors"]
+    assert_holds({name: open_tensors(tmp_path / "x.safetensors")[name] for name in ARRAYS})
+    save_tensors(tmp_path / "x.pt", stored(ARRAYS))
+    assert set(read_torch_file(tmp_path / "x.pt")["generator_ema"]) == {f"model.{name}" for name in ARRAYS}
+    with pytest.raises(ConfigError, match="unknown kind of file"):
+        save_tensors(tmp_path / "x.gguf", stored(ARRAYS))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.pt"
+    write_torch_file(path, {"model": stored(ARRAYS)})
+
+    def broken():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left"):
+        write_torch_file(path, {"model": {"x": Stored((1,), np.dtype(np.float32), broken)}})
+    assert_holds(open_tensors(path))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals

@@ -7,8 +7,11 @@ import pytest
 
 from tests.golden import wan as golden
 from tests.interop.test_sources import ARRAYS, stored
+from tests.interop.test_wan import DITS, TEXT, VAE, described, seeded
+from vidar.cli.main import main
 from vidar.interop import tables, wan
 from vidar.interop.sources import open_tensors
+from vidar.interop.targets import save_tensors
 from vidar.interop.torch_file import write_torch_file
 from vidar.models.umt5 import position_buckets
 
@@ -95,3 +98,24 @@ def test_pytorch_reads_what_is_written_and_the_other_way_round(tmp_path):
     torch.save({"model": torch.nn.Linear(2, 2)}, path)
     with pytest.raises(Exception, match=r"torch.nn.modules.linear.Linear, which is not read because it could run code"):
         open_tensors(path)
+
+
+def test_diffusers_and_transformers_open_converted_folders(tmp_path):
+    import torch
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5EncoderModel
+
+    cases = {
+        WanTransformer3DModel: (golden.transformer(True), DITS["i2v"]),
+        AutoencoderKLWan: (golden.vae(), VAE),
+        UMT5EncoderModel: (golden.text_encoder(), TEXT),
+    }
+    for number, (kind, (expected, config)) in enumerate(cases.items()):
+        save_tensors(tmp_path / f"source{number}", seeded(*described(config)))
+        folder = tmp_path / f"folder{number}"
+        arguments = ["--source", str(tmp_path / f"source{number}"), "--output", str(folder), "--layout", "diffusers"]
+        assert main(["convert", "--head-dim", str(golden.HEAD), *arguments]) == 0
+        found, wanted = kind.from_pretrained(folder).state_dict(), expected.state_dict()
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value)

@@ -15,6 +15,7 @@ COMMANDS = {
     "stream": "stream endless video under live actions, writing it while it runs",
     "eval": "measure a trained model: control by actions, or exact errors on the procedural world",
     "data": "make the procedural world's data set, or record ViZDoom",
+    "convert": "turn published checkpoints from one layout into another",
     "bench": "measure streaming or training",
 }
 

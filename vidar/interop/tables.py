@@ -28,7 +28,8 @@ class Row:
     Attributes:
         ours: Its path in vidar's network, without `.value`.
         theirs: Its name by layout; `{}` stands for the number of the block where blocks are stacked here.
-        pattern: From its form there to its form here (of one block), for `einops.rearrange`.
+        pattern: From its form there, which is that of all layouts, to its form here (of one block), for
+            `einops.rearrange`.
         sizes: Sizes that the pattern needs.
     """
 
@@ -88,6 +89,29 @@ def tensors_of(network: Any, table: Table, layout: str) -> Tensors:
     return found
 
 
+def renamed(tensors: Tensors, template: Any, table: Table, source: str, target: str) -> Tensors:
+    """A checkpoint under the names of another layout; the tensors lie there as they do in their own.
+
+    Args:
+        tensors: The checkpoint.
+        template: The network with `jax.ShapeDtypeStruct` leaves.
+        table: Its rows.
+        source: The checkpoint's layout.
+        target: The layout that is wanted.
+
+    Returns:
+        The same tensors by their new names.
+
+    Raises:
+        CheckpointError: Tensors are missing, left over, or have other shapes.
+        ConfigError: The table has no such layout, or lacks a tensor of the network.
+    """
+    _compare(tensors, shapes(template, table, source))
+    entries = zip(_entries(template, table, source), _entries(template, table, target), strict=True)
+    pairs = (pair for one, other in entries for pair in zip(one.names, other.names, strict=True))
+    return {new: tensors[name] for name, new in pairs}
+
+
 def load(
     tensors: Tensors,
     template: Any,
@@ -113,7 +137,7 @@ def load(
         CheckpointError: Tensors are missing, left over, or have other shapes.
         ConfigError: The table has no such layout, or lacks a tensor of the network.
     """
-    _compare({name: stored.shape for name, stored in tensors.items()}, shapes(template, table, layout))
+    _compare(tensors, shapes(template, table, layout))
     mesh = jax.sharding.get_mesh()
     placed = [None] * len(jax.tree.leaves(template))
     if logical_axes is not None and not mesh.empty:
@@ -148,14 +172,15 @@ def _entries(network: Any, table: Table, layout: str) -> Iterator[_Entry]:
         yield _Entry(row, jax.ShapeDtypeStruct(shape, leaf.dtype), names, stacked)
 
 
-def _compare(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _compare(found: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
     for title, names in (("lacks", wanted.keys() - found.keys()), ("has beside them", found.keys() - wanted.keys())):
         if names:
             first = ", ".join(sorted(names)[:3])
             raise CheckpointError(f"the checkpoint {title} {len(names)} tensors of this network, such as {first}")
     for name, shape in wanted.items():
-        if found[name] != shape:
-            raise CheckpointError(f"{name} is {list(found[name])} in the checkpoint, this network's is {list(shape)}")
+        if found[name].shape != shape:
+            given = list(found[name].shape)
+            raise CheckpointError(f"{name} is {given} in the checkpoint, this network's is {list(shape)}")
 
 
 def _leaf(entry: _Entry, tensors: Tensors, place: Any) -> jax.Array:

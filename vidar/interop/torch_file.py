@@ -8,7 +8,6 @@ checksums when they are read.
 import collections
 import io
 import math
-import os
 import pickle
 import struct
 import zipfile
@@ -21,8 +20,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vidar.errors import CheckpointError, make_directory
+from vidar.errors import CheckpointError
 from vidar.interop.sources import Stored, Tensors
+from vidar.weights import whole_file
 
 _STORAGES = {
     "DoubleStorage": np.float64,
@@ -53,24 +53,13 @@ def write_torch_file(path: str | Path, networks: Mapping[str, Tensors]) -> None:
     Raises:
         CheckpointError: It cannot be written.
     """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
     flat = [stored for tensors in networks.values() for stored in tensors.values()]
-    try:
-        make_directory(path.parent, CheckpointError)
-        with part.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("archive/data.pkl", _pickled(networks))
-                archive.writestr("archive/byteorder", b"little")
-                for number, stored in enumerate(flat):
-                    _write_storage(archive, f"archive/data/{number}", np.ascontiguousarray(stored.read()))
-                archive.writestr("archive/version", b"3\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}); free space there") from error
+    with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", _pickled(networks))
+        archive.writestr("archive/byteorder", b"little")
+        for number, stored in enumerate(flat):
+            _write_storage(archive, f"archive/data/{number}", np.ascontiguousarray(stored.read()))
+        archive.writestr("archive/version", b"3\n")
 
 
 def _write_storage(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

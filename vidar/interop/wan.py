@@ -1,6 +1,7 @@
 """Wan 2.1's networks in two layouts: the original, which Self Forcing and its kin share, and diffusers'."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -30,6 +31,106 @@ _LINEARS = (  # vidar's module, the original's, diffusers'
 )
 _ATTENTIONS = (("attention", "self_attn", "attn1"), ("text_attention", "cross_attn", "attn2"))
 _PROJECTIONS = (("query", "q", "to_q"), ("key", "k", "to_k"), ("value", "v", "to_v"), ("output", "o", "to_out.0"))
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a checkpoint turned out to be.
+
+    Attributes:
+        kind: `transformer`, `vae` or `text_encoder`.
+        config: Its config.
+        layout: `original` or `diffusers`.
+        template: The network with `jax.ShapeDtypeStruct` leaves.
+        table: Its rows.
+    """
+
+    kind: str
+    config: DiTConfig | WanVAEConfig | UMT5Config
+    layout: str
+    template: Any
+    table: Table
+
+
+def recognise(tensors: Tensors, head_dim: int = 128) -> Network:
+    """Finds out which of Wan's networks a checkpoint is of.
+
+    Args:
+        tensors: The checkpoint.
+        head_dim: Channels of a transformer's head, which no shape tells.
+
+    Returns:
+        The network; whether all of its tensors are there is asked when they are loaded.
+
+    Raises:
+        CheckpointError: It is none of them.
+    """
+    marks = {
+        "vae": {"original": "decoder.head.0.gamma", "diffusers": "decoder.norm_out.gamma"},
+        "text_encoder": {"original": "token_embedding.weight", "diffusers": "shared.weight"},
+    }
+    for kind, names in marks.items():
+        for layout, name in names.items():
+            if name in tensors and kind == "vae":
+                vae = _vae_config(tensors, layout)
+                return Network(kind, vae, layout, vae_template(vae), vae_table(vae))
+            if name in tensors:
+                text = _umt5_config(tensors, layout)
+                return Network(kind, text, layout, umt5_template(text), umt5_table(text))
+    config, layout = dit_config(tensors, head_dim)
+    return Network("transformer", config, layout, dit_template(config), dit_table(config))
+
+
+def diffusers_config(config: DiTConfig | WanVAEConfig | UMT5Config) -> dict[str, Any]:
+    """What diffusers (or transformers) keeps beside the weights, in `config.json`."""
+    if isinstance(config, WanVAEConfig):
+        return {
+            "_class_name": "AutoencoderKLWan",
+            "base_dim": config.width,
+            "z_dim": config.channels,
+            "dim_mult": list(config.multipliers),
+            "num_res_blocks": config.blocks,
+            "attn_scales": [],
+            "temperal_downsample": list(config.temporal),
+            "dropout": 0.0,
+            "latents_mean": list(config.mean),
+            "latents_std": list(config.deviation),
+        }
+    if isinstance(config, UMT5Config):
+        return {
+            "architectures": ["UMT5EncoderModel"],
+            "model_type": "umt5",
+            "d_model": config.width,
+            "d_kv": config.head_dim,
+            "d_ff": config.mlp,
+            "num_layers": config.layers,
+            "num_heads": config.heads,
+            "vocab_size": config.vocabulary,
+            "relative_attention_num_buckets": config.buckets,
+            "relative_attention_max_distance": config.distance,
+            "feed_forward_proj": "gated-gelu",
+            "is_encoder_decoder": False,
+        }
+    image = config.image
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [1, config.patch, config.patch],
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.channels + (image.latents if image else 0),
+        "out_channels": config.channels,
+        "text_dim": config.text.width if config.text else 0,
+        "freq_dim": config.time_channels,
+        "ffn_dim": config.mlp,
+        "num_layers": config.layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": image.width if image else None,
+        "added_kv_proj_dim": config.width if image else None,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": None,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- DiT
@@ -70,10 +171,7 @@ def dit_config(tensors: Tensors, head_dim: int = 128, precision: Precision | Non
         return rows[ours].theirs[layout].format(block)
 
     def size(ours: str, axis: int) -> int:
-        stored = tensors.get(name(ours))
-        if stored is None or len(stored.shape) <= axis:
-            raise CheckpointError(f"{name(ours)} is missing or has another shape than Wan's")
-        return stored.shape[axis]
+        return _size(tensors, name(ours), axis)
 
     width, patch = size("patch.bias", 0), size("patch.kernel", 3)
     if width % head_dim:
@@ -98,6 +196,13 @@ def dit_config(tensors: Tensors, head_dim: int = 128, precision: Precision | Non
         precision=precision or Precision(params=tensors[name("blocks.mlp.up.kernel")].dtype.name),
     )
     return config, layout
+
+
+def _size(tensors: Tensors, name: str, axis: int) -> int:
+    stored = tensors.get(name)
+    if stored is None or len(stored.shape) <= axis:
+        raise CheckpointError(f"{name} is missing or has another shape than Wan's")
+    return stored.shape[axis]
 
 
 def _dit_rows(config: DiTConfig) -> Iterator[Row]:
@@ -149,6 +254,16 @@ def vae_table(config: WanVAEConfig) -> Table:
 def vae_template(config: WanVAEConfig) -> WanVAE:
     """The VAE with `jax.ShapeDtypeStruct` leaves."""
     return jax.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+
+
+def _vae_config(tensors: Tensors, layout: str) -> WanVAEConfig:
+    names = {row.ours: row.theirs[layout] for row in vae_table(WanVAEConfig())}
+    width, channels = (_size(tensors, names[name], 0) for name in ("encoder.enter.kernel", "from_latent.kernel"))
+    config = WanVAEConfig(width=width)
+    if channels == config.channels:
+        return config
+    # Statistics are in no checkpoint; those of Wan's 16 channels are known.
+    return WanVAEConfig(width=width, mean=(0.0,) * channels, deviation=(1.0,) * channels)
 
 
 def _vae_rows(config: WanVAEConfig) -> Iterator[Row]:
@@ -209,6 +324,24 @@ def umt5_table(config: UMT5Config) -> Table:
 def umt5_template(config: UMT5Config) -> UMT5:
     """The text encoder with `jax.ShapeDtypeStruct` leaves."""
     return jax.eval_shape(lambda: UMT5(config, rngs=nnx.Rngs(0)))
+
+
+def _umt5_config(tensors: Tensors, layout: str) -> UMT5Config:
+    names = {row.ours: row.theirs[layout] for row in umt5_table(UMT5Config())}
+    first = {ours: name.format(0) for ours, name in names.items()}
+    layers = 0
+    while names["blocks.positions"].format(layers) in tensors:
+        layers += 1
+    heads = _size(tensors, first["blocks.positions"], 1)
+    return UMT5Config(
+        width=_size(tensors, first["embedding"], 1),
+        layers=layers,
+        heads=heads,
+        head_dim=_size(tensors, first["blocks.query.kernel"], 0) // heads,
+        mlp=_size(tensors, first["blocks.up.kernel"], 0),
+        vocabulary=_size(tensors, first["embedding"], 0),
+        buckets=_size(tensors, first["blocks.positions"], 0),
+    )
 
 
 def _umt5_rows() -> Iterator[Row]:
