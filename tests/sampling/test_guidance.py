@@ -15,7 +15,7 @@ from vidar.attention.cache import init_cache, write
 from vidar.attention.visibility import chunk_layout
 from vidar.diffusion.plan import Commit
 from vidar.errors import ConfigError
-from vidar.models.dit import TextConfig
+from vidar.models.dit import ImageConfig, TextConfig
 from vidar.models.frames import Conditions, Frames
 from vidar.sampling.guidance import UNGUIDED, Branch, classifier_free, combine, fold
 from vidar.sampling.noise import Purpose, frame_noise
@@ -23,12 +23,20 @@ from vidar.sampling.solvers import Euler, FewStep
 
 STEPS = FewStep((1000.0, 500.0))
 TEXT = replace(CONFIG, text=TextConfig(width=10, length=6), classes=3)
+IMAGE = replace(TEXT, image=ImageConfig(width=7, latents=2))
 
 
 def prompts(rows: int = 2, frames: int = 4) -> Conditions:
     """Text, actions and labels."""
     text = jax.random.normal(jax.random.key(4), (rows, 6, 10))
     return replace(clip(rows, frames)[1], text=text, label=jnp.arange(rows, dtype=jnp.int32))
+
+
+def pictures() -> Conditions:
+    """Text, actions, labels, an image, and two further latents of each frame."""
+    image = jax.random.normal(jax.random.key(5), (2, 3, 7))
+    latents = jax.random.normal(jax.random.key(6), (2, 4, 4, 4, 2))
+    return replace(prompts(), image=image, latents=latents)
 
 
 def generate(plan, model, conditions):
@@ -79,6 +87,7 @@ GUIDED = {
         network(TEXT),
         prompts(),
     ),
+    "image, whole clips": (dict(guidance=classifier_free(2.5, ("text",)), lag=0), network(IMAGE), pictures()),
 }
 
 
@@ -92,6 +101,26 @@ def test_guided_ticks_equal_passes_over_the_whole_clip(name):
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.max(jnp.abs(theirs))))
     unguided = reference.generate(replace(plan, guidance=UNGUIDED), model, keys(0, 1), conditions, 4)
     assert float(jnp.max(jnp.abs(ours[:, 0] - unguided[:, 0]))) > 1e-2
+
+
+def test_an_image_acts_and_its_latents_are_for_whole_clips():
+    plan, model = sampler(frames=4, solver=STEPS, lag=0), network(IMAGE)
+    video = generate(plan, model, pictures())
+    for change in ({"image": 0 * pictures().image}, {"latents": 0 * pictures().latents}):
+        assert float(jnp.max(jnp.abs(generate(plan, model, replace(pictures(), **change)) - video))) > 1e-2
+    refusals = {
+        "use a plan with lag=0": (replace(plan, lag=None), model, pictures()),
+        "0 further latent channels were given, the network takes 2": (plan, model, replace(pictures(), latents=None)),
+        "2 further latent channels were given, the network takes 0": (
+            plan,
+            network(TEXT),
+            replace(pictures(), image=None),
+        ),
+        "model.image is None": (plan, network(TEXT), pictures()),
+    }
+    for message, arguments in refusals.items():
+        with pytest.raises(ConfigError, match=message):
+            generate(*arguments)
 
 
 def test_scale_one_is_no_guidance_and_the_cache_holds_all_branches():

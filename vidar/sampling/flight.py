@@ -84,6 +84,8 @@ class Flight:
     def enter(cls, sampler: Any, state: State, conditions: Conditions) -> "Flight":
         """Brings the new chunk's noise in behind the chunks in flight."""
         program = sampler.program
+        if program.lag and conditions.latents is not None:
+            raise ConfigError("further latents of each frame are given for whole clips: use a plan with lag=0")
         new = sampler.chunk if program.lag else sampler.frames
         frames = sampler.carried + new
         rows = state.key.shape[0]
