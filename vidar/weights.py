@@ -85,6 +85,8 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such weights file")
     try:
         with safe_open(path, framework="flax") as file:
             header = file.metadata() or {}

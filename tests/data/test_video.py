@@ -111,6 +111,8 @@ def test_errors_are_one_line(tmp_path):
     for read in (read_video, lambda path: VideoWriter(path, fps=10)):
         with pytest.raises(DataError, match="a directory; give"):
             read(tmp_path)
+    with pytest.raises(DataError, match=r"x.gif: videos are written as .mp4 alone"):
+        VideoWriter(tmp_path / "x.gif", fps=10)
 
 
 @pytest.mark.parametrize("fps", [float("nan"), float("inf"), 0.0, -3.0, 1e-9, 1e9])

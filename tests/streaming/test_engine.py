@@ -202,6 +202,17 @@ def test_actions_and_seeds_act(engine):
     np.testing.assert_array_equal(streamed(engine, [0] * 4)[0], one[1])
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_frames_are_handed_out_at_once_or_a_tick_later(engine, ahead):
+    engine.open(seed=1, given=pixels())
+    asked = []
+    stream = engine.frames((asked.append(action) or action for action in range(4)), ahead)
+    for count in range(4):
+        next(stream)
+        assert len(asked) == min(4, count + 1 + ahead)
+    assert list(stream) == []
+
+
 def test_pictures_of_a_stream_do_not_change_afterwards(engine):
     """Donated state is written in place; what was handed out is not part of it."""
     engine.open(seed=1, given=pixels())
@@ -291,6 +302,11 @@ def test_given_frames_of_the_wrong_size_are_refused(engine, given):
         np.testing.assert_array_equal(kept, found)
 
 
+def test_seeds_are_whole_numbers(engine):
+    with pytest.raises(ConfigError, match="seed='x' must be a whole number"):
+        engine.open(seed="x", given=pixels())
+
+
 def test_given_frames_that_are_not_whole_chunks_are_refused():
     engine = Engine(plan(window=4, sink=2, chunk=2), Floats(), network(), rows=1, compile_now=False)
     with pytest.raises(ConfigError, match="3 given frames are not whole chunks of 2"):
@@ -300,11 +316,13 @@ def test_given_frames_that_are_not_whole_chunks_are_refused():
         first.open()
 
 
-@pytest.mark.parametrize("label", [None, 3, -1, True, 1.0, "ball", [0], [[0, 1]], [0, 1, 2]])
+@pytest.mark.parametrize("label", [3, -1, True, 1.0, "ball", [0], [[0, 1]], [0, 1, 2]])
 def test_wrong_classes_are_refused(label):
     engine = Engine(plan(), Floats(), network(replace(CONFIG, classes=3)), rows=2, compile_now=False)
     with pytest.raises(ConfigError, match=r"should be the class of each of 2 videos: 0 … 2"):
         engine.open(given=pixels(), label=label)
+    with pytest.raises(ConfigError, match=r"give a label \(--label\), 0 … 2"):
+        engine.open(given=pixels())
 
 
 def test_classes_for_a_network_without_are_refused(engine):

@@ -162,6 +162,8 @@ def _loaded(source: str, size: Sequence[int], truth: str, actions: int, classes:
         )
     if not isinstance(kind, DiscreteActions) or kind.count < actions:
         raise ConfigError(f"{source}: knows fewer than the {actions} discrete actions of {truth}")
+    if not system.sampler.program.lag:
+        raise ConfigError(f"{source}: makes whole clips at once and cannot go on from a frame: give a causal student")
     if model.config.classes not in (None, classes):
         raise ConfigError(f"{source}: needs one of {model.config.classes} classes, {truth} tells {classes or 'none'}")
     return system, model

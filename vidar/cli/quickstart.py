@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="receives everything that is made")
     parser.add_argument("--minutes", type=float, default=3.5, help="time limit of the training from scratch, up to 60")
     parser.add_argument(
-        "--remake", action="store_true", help="train the shipped networks again (half an hour or more), instead"
+        "--remake", action="store_true", help="train the shipped networks again (about half an hour), instead"
     )
     parser.set_defaults(run=run)
 

@@ -1,5 +1,6 @@
 """What a person gives on the command line: action scripts such as `1*8,2*4`, and first frames."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -80,30 +81,36 @@ def action_ticks(
         ticks: Number of ticks; None for ever.
         stdin: Where `-` reads from; the stream ends with it.
 
-    Yields:
-        int32 `[1, chunk]`, or None for no action.
+    Returns:
+        int32 `[1, chunk]` or None for no action, one after the other.
+
+    Raises:
+        ConfigError: The script has a mistake; or, when its line is read, stdin has one.
     """
     if kind is not None and not isinstance(kind, DiscreteActions):
         _only_discrete(kind, script)
-    parsed = [0]
-    if isinstance(kind, DiscreteActions) and script not in (None, "-"):
-        parsed = parse_script(str(script), kind.count)
-    tick = 0
-    while ticks is None or tick < ticks:
-        if script == "-" and isinstance(kind, DiscreteActions):
-            line = stdin.readline()
-            if not line:
-                return
-            word = line.strip() or "0"
-            if "," in word or "*" in word:
-                raise ConfigError(f"--actions: line {word!r}: write one action number a line, 0 to {kind.count - 1}")
-            yield np.full((1, chunk), parse_script(word, kind.count)[0], np.int32)
-        elif kind is None or script is None:
-            yield None
-        else:
-            frames = range(tick * chunk, (tick + 1) * chunk)
-            yield np.asarray([[parsed[frame % len(parsed)] for frame in frames]], np.int32)
-        tick += 1
+    if not isinstance(kind, DiscreteActions) or script is None:
+        return itertools.repeat(None) if ticks is None else itertools.repeat(None, ticks)
+    if script == "-":
+        return _live_ticks(kind, chunk, ticks, stdin)
+    return _script_ticks(parse_script(script, kind.count), chunk, ticks)
+
+
+def _script_ticks(parsed: list[int], chunk: int, ticks: int | None) -> Iterator[np.ndarray]:
+    for tick in itertools.count() if ticks is None else range(ticks):
+        frames = range(tick * chunk, (tick + 1) * chunk)
+        yield np.asarray([[parsed[frame % len(parsed)] for frame in frames]], np.int32)
+
+
+def _live_ticks(kind: DiscreteActions, chunk: int, ticks: int | None, stdin: TextIO) -> Iterator[np.ndarray]:
+    for _ in itertools.count() if ticks is None else range(ticks):
+        line = stdin.readline()
+        if not line:
+            return
+        word = line.strip() or "0"
+        if "," in word or "*" in word:
+            raise ConfigError(f"--actions: line {word!r}: write one action number a line, 0 to {kind.count - 1}")
+        yield np.full((1, chunk), parse_script(word, kind.count)[0], np.int32)
 
 
 def given_frames(path: Path, count: int, height: int, width: int) -> np.ndarray:

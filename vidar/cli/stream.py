@@ -10,7 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="video to write while it runs (.mp4)")
     parser.add_argument("--first", type=Path, help="image or video that the stream starts from; else from noise")
     parser.add_argument("--given", type=int, default=1, help="frames taken from --first")
-    parser.add_argument("--frames", type=int, default=240, help="frames to stream; 0 until interrupted")
+    parser.add_argument(
+        "--frames", type=int, default=240, help="frames to stream after those given (default: 240); 0 until interrupted"
+    )
     parser.add_argument(
         "--actions",
         default=None,
@@ -63,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
         if shown is not None:
             writer.append(shown[0])
         try:
-            for frames in engine.frames(track):
+            # A person at the keyboard sees what an action did before the next one.
+            for frames in engine.frames(track, ahead=0 if options.actions == "-" else 1):
                 first_frame = first_frame or time.perf_counter() - opened
                 writer.append(frames[0])
                 count += frames.shape[1]

@@ -56,6 +56,8 @@ class VideoWriter:
         self.path = Path(path)
         if self.path.is_dir():
             raise DataError(f"{self.path}: a directory; give a file to write, such as clip.mp4")
+        if self.path.suffix != ".mp4":
+            raise DataError(f"{self.path}: videos are written as .mp4 alone; give a name such as clip.mp4")
         make_directory(self.path.parent)
         self._partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         self._closed = False

@@ -132,7 +132,9 @@ def row_labels(label: ArrayLike | None, classes: int | None, rows: int) -> np.nd
         if label is not None:
             raise ConfigError("a label was given, but the network has no classes (model.classes is not set)")
         return None
-    array = np.asarray(-1 if label is None else label)
+    if label is None:
+        raise ConfigError(f"the network makes videos of a class: give a label (--label), 0 … {classes - 1}")
+    array = np.asarray(label)
     known = array.dtype.kind in "iu" and bool(np.all((array >= 0) & (array < classes)))
     if not known or array.shape not in ((), (rows,)):
         raise ConfigError(f"label={label} should be the class of each of {rows} videos: 0 … {classes - 1}")

@@ -103,6 +103,8 @@ class Engine:
             ConfigError: The frames are not whole chunks, or have the wrong size or type, or the class is unknown;
                 running sessions go on.
         """
+        if not isinstance(seed, int | np.integer):
+            raise ConfigError(f"seed={seed!r} must be a whole number")
         labels = row_labels(label, self._model.config.classes, self.rows)
         placed_label = None if labels is None else self._place(labels)
         if given is None:
@@ -143,11 +145,13 @@ class Engine:
         self._codec_state, frames = self._run("decode", None, self._codec_state, latents)
         return frames
 
-    def frames(self, actions: Iterator[Any]) -> Iterator[np.ndarray]:
-        """Streams chunks of pixels, dispatching one tick ahead of what is handed out.
+    def frames(self, actions: Iterator[Any], ahead: int = 1) -> Iterator[np.ndarray]:
+        """Streams chunks of pixels.
 
         Args:
             actions: One entry per tick, as `tick` takes them; the stream ends with it.
+            ahead: Ticks dispatched before a chunk is handed out: 1 keeps the device busy; 0, for a person whose next
+                action depends on what the last one did, hands each out at once.
 
         Yields:
             uint8 frames `[rows, f, h, w, 3]` on the host; the ramp-up of a pipelined plan is left out.
@@ -157,7 +161,7 @@ class Engine:
             frames = self.tick(action)
             if count >= self.sampler.program.delay:
                 pending.append(frames)
-            if len(pending) > 1:
+            if len(pending) > ahead:
                 yield np.asarray(pending.pop(0))
         for frames in pending:
             yield np.asarray(frames)
