@@ -9,8 +9,9 @@ import numpy as np
 from tests.networks import CONFIG, clip, network, quick_jit, sampler
 from vidar.attention.visibility import ChunkCausal, TeacherForcing
 from vidar.diffusion.levels import Independent, LevelsConfig
-from vidar.models.dit import TextConfig, logical_axes
+from vidar.models.dit import TextConfig
 from vidar.models.frames import Batch
+from vidar.models.placement import logical_axes
 from vidar.objectives import diffusion, self_forcing, teacher_forcing
 from vidar.sampling.axes import Axes
 from vidar.sampling.noise import session_keys

@@ -11,9 +11,10 @@ from flax import nnx
 from tests.networks import CONFIG, LATENT, clip, network, pattern, quick_jit
 from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.errors import ConfigError
-from vidar.models.dit import DiT, DiTConfig, TextConfig, logical_axes
+from vidar.models.dit import DiT, DiTConfig, ImageConfig, TextConfig
 from vidar.models.frames import Conditions, Frames
 from vidar.models.layers import ContinuousActions, DiscreteActions, MultiBinaryActions, Precision, sinusoid
+from vidar.models.placement import logical_axes
 from vidar.sharding import MeshConfig, Rules, make_mesh, shardings
 
 FULL = replace(CONFIG, text=TextConfig(width=10, length=6), classes=3)
@@ -231,10 +232,11 @@ EVERY_PART = [
     FULL,
     replace(FULL, modulation="adaln_zero", actions=MultiBinaryActions(25)),
     replace(FULL, actions=ContinuousActions(8), text=None),
+    replace(FULL, image=ImageConfig(width=12)),
 ]
 
 
-@pytest.mark.parametrize("config", EVERY_PART, ids=["table", "adaln", "continuous"])
+@pytest.mark.parametrize("config", EVERY_PART, ids=["table", "adaln", "continuous", "image"])
 def test_every_parameter_has_axes_and_every_matrix_is_sharded(config):
     """Tables of modulation and classes are small and read by row: they alone stay whole."""
     template = jax.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))

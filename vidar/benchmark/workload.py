@@ -22,9 +22,10 @@ from vidar.diffusion.plan import Commit
 from vidar.errors import ConfigError, check_range
 from vidar.models import flops
 from vidar.models.codecs.pixel import PixelCodec
-from vidar.models.dit import DiT, DiTConfig, logical_axes
+from vidar.models.dit import DiT, DiTConfig
 from vidar.models.frames import Batch, Conditions
 from vidar.models.layers import DiscreteActions, MultiBinaryActions, Precision
+from vidar.models.placement import logical_axes
 from vidar.models.presets import Preset, preset
 from vidar.objectives import teacher_forcing
 from vidar.sampling.axes import Axes

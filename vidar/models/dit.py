@@ -37,7 +37,8 @@ from vidar.models.layers import (
     TimeEmbedding,
     modulate,
 )
-from vidar.sharding import constrain, shardings
+from vidar.models.placement import gathered
+from vidar.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ class DiT(nnx.Module):
             ConfigError: The network has no text cross-attention or takes no image, or states have the wrong width.
         """
         config = self.config
-        network = _gathered(self)
+        network = gathered(self)
         if config.text is None or network.text_inner is None or network.text_outer is None:
             raise ConfigError("text was given, but model.text is None: set model.text or leave the text out")
         if text_bsc.shape[-1] != config.text.width:
@@ -300,7 +301,7 @@ class DiT(nnx.Module):
             image = constrain(network.image(image_bsc, dtype), "batch", None, None)
 
         def project(block: Block) -> tuple[jax.Array, ...]:
-            block = _gathered(block)
+            block = gathered(block)
             assert block.text_attention is not None
             projected = block.text_attention.keys(states, dtype), block.text_attention.values(states, dtype)
             if image is None or block.image_attention is None:
@@ -351,7 +352,7 @@ class DiT(nnx.Module):
         Raises:
             ConfigError: Conditions do not match the network, or the back end cannot lower the pattern.
         """
-        network, config = _gathered(self), self.config
+        network, config = gathered(self), self.config
         dtype = jnp.dtype(config.precision.compute)
         height, width = (size // config.patch for size in streams[0].latents.shape[2:4])
         latents = jnp.concatenate([self._inputs(stream, conditions) for stream in streams], axis=1)
@@ -371,7 +372,7 @@ class DiT(nnx.Module):
             return kernels.attend(pattern, query, key, value, mask=masks[0], cached=cached)
 
         def block(x_bfpm: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            block, past, parts = _gathered(layer[0]), *layer[1:]
+            block, past, parts = gathered(layer[0]), *layer[1:]
 
             def attend_parts(query: jax.Array) -> jax.Array:
                 return reduce(jnp.add, (kernels.attend_all(pattern, query, *part) for part in parts))
@@ -464,67 +465,3 @@ def _masks(
     slots = slot_tokens(cache)
     past = jnp.asarray(frame_mask(visibility, own, slots)) & jnp.asarray(slots.written)[:, None, :]
     return jnp.broadcast_to(mask, (rows, *mask.shape[1:])), jnp.broadcast_to(past, (rows, *past.shape[1:]))
-
-
-# ---------------------------------------------------------------------------------------------------------- sharding
-
-_KERNELS = {
-    "patch": (None, "embed"),
-    "time.inner": (None, "embed"),
-    "time.outer": ("embed", None),
-    "time_projection": ("embed", None),
-    "actions.inner": (None, "embed"),
-    "actions.outer": (None, "embed"),
-    "image.inner": (None, "embed"),
-    "image.outer": (None, "embed"),
-    "text_inner": (None, "embed"),
-    "text_outer": ("embed", None),
-    "query": ("embed", "heads"),
-    "key": ("embed", "heads"),
-    "value": ("embed", "heads"),
-    "output": ("heads", "embed"),
-    "up": ("embed", "mlp"),
-    "down": ("mlp", "embed"),
-    "projection": ("embed", None),
-    "head": ("embed", None),
-}
-_BIASES = {"query": ("heads",), "key": ("heads",), "value": ("heads",), "up": ("mlp",)}
-
-
-def _gathered(part: Any) -> Any:
-    """Parameters gathered along `embed`, as products want them; stacked blocks wait until they are sliced.
-
-    Left to itself, the partitioner may split a product over mesh axes on which its rows lie already; where all four
-    axes are 2, XLA then computes wrong gradients (jax 0.10.2).
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return part
-
-    def axes(path: str, leaf: Any) -> tuple[str | None, ...]:
-        names = logical_axes(path, leaf)
-        return names if "layers" in names else tuple(None if name == "embed" else name for name in names)
-
-    return jax.lax.with_sharding_constraint(part, shardings(part, axes, mesh))
-
-
-def logical_axes(path: str, leaf: Any) -> tuple[str | None, ...]:
-    """Logical axes of one parameter.
-
-    Args:
-        path: Its path, such as `.blocks.attention.query.kernel.value`.
-        leaf: The array, or anything with an `ndim`.
-
-    Returns:
-        One logical axis name, or None for replicated, per dimension.
-    """
-    names = [name for name in path.removesuffix(".value").split(".") if name]
-    stacked = "blocks" in names
-    rank = leaf.ndim - stacked
-    axes: tuple[str | None, ...] = (None,) * rank
-    table = _KERNELS if names[-1] == "kernel" else _BIASES if names[-1] == "bias" else {}
-    for owner in (".".join(names[-3:-1]), names[-2] if len(names) > 1 else ""):
-        if owner in table and len(table[owner]) == rank:
-            axes = table[owner]
-            break
-    return ("layers", *axes) if stacked else axes

@@ -21,10 +21,11 @@ from vidar.data.pipeline import DataConfig, make_dataset
 from vidar.errors import ConfigError
 from vidar.evaluation.metrics import psnr
 from vidar.evaluation.sheets import contact_sheet
-from vidar.models.dit import DiTConfig, logical_axes
+from vidar.models.dit import DiTConfig
 from vidar.models.flops import PATTERNS, shape_of, training_flops
 from vidar.models.frames import Conditions, row_labels
 from vidar.models.layers import DiscreteActions
+from vidar.models.placement import logical_axes
 from vidar.sampling.noise import session_keys
 from vidar.sharding import MeshConfig
 from vidar.system import OnData, System, SystemConfig, compose, load, system_config
