@@ -1,11 +1,13 @@
 """What ships with the package fits the cards that go on from it, and the quickstart refuses nonsense at once."""
 
+import json
+
 import pytest
 
 from vidar.cli.main import main
 from vidar.cli.quickstart import shipped
 from vidar.system import load
-from vidar.training.experiment import load_run_config
+from vidar.training.experiment import load_run_config, portable_dict, system_dict
 from vidar.weights import read_meta
 
 ROLES = [("student", "teacher_forcing"), ("student", "self_forcing"), ("teacher", "teacher")]
@@ -33,7 +35,10 @@ def test_nonsense_is_refused_before_anything_is_made(minutes, tmp_path, capsys):
     assert not (tmp_path / "tour").exists()
 
 
-def test_shipped_weights_name_no_places():
+def test_weights_that_travel_name_no_places():
+    config = load_run_config("configs/world/self_forcing.py")
+    assert "runs/world_teacher" in json.dumps(system_dict(config))
+    assert "runs/" not in json.dumps(portable_dict(config))
     header = read_meta(shipped())
     assert set(header["systems"]) == {"student", "teacher"}
     assert not {"start", "student", "teacher"} & set().union(*(one["objective"] for one in header["systems"].values()))

@@ -144,7 +144,8 @@ def _safetensors(path: Path) -> dict[str, Stored]:
 
     try:
         file = safe_open(path, framework="np")
-        return {name: stored(file, name) for name in file.keys()}  # noqa: SIM118, no dictionary
+        names = file.keys()
+        return {name: stored(file, name) for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); download it again") from error
 
