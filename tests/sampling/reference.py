@@ -42,9 +42,10 @@ def generate(plan, model, key_b, conditions, frames: int, given=None) -> jax.Arr
         np.pad(rows, ((0, 0), (done, 0)), constant_values=steps)[:, chunk_of] for rows in (table.before, table.after)
     )
     committed, previous = _committed(plan, np.arange(frames) < data), x
+    history = jnp.zeros((*x.shape[:2], plan.solver.remembered, *plan.latent), jnp.float32)
     axes = (plan.visibility, layout, plan.solver, plan.guidance)
     for row in zip(jnp.asarray(before), jnp.asarray(after), strict=True):
-        x, previous = _iteration(axes, model, key_b, conditions, x, previous, *row, committed)
+        x, previous, history = _iteration(axes, model, key_b, conditions, x, previous, history, *row, committed)
     return x
 
 
@@ -67,7 +68,7 @@ _initial = quick_jit(_noise, static_argnums=(1, 3))
 
 
 @partial(quick_jit, static_argnums=0)
-def _iteration(axes, model, key_b, conditions, x, previous, before_f, after_f, committed):
+def _iteration(axes, model, key_b, conditions, x, previous, history, before_f, after_f, committed):
     visibility, layout, solver, guidance = axes
     level, time, noised, last_step = committed
     table = jnp.asarray(solver.levels, jnp.float32)
@@ -88,6 +89,10 @@ def _iteration(axes, model, key_b, conditions, x, previous, before_f, after_f, c
         dropped = conditions.drop(branch.drops, jnp.zeros((rows,), bool))
         prediction += branch.coefficient * model((seen,), dropped, visibility=visibility).predictions[0]
     renoise = _noise(key_b, Purpose.RENOISE, after_f, tuple(latent))
-    stepped = solver.step(model.config.prediction, prediction, x, own, spread(table[after_f]), renoise)
+    stepped, remembered = solver.step(model.config.prediction, prediction, x, before_f, renoise, history)
     moves = (after_f > before_f)[None, :, None, None, None]
-    return jnp.where(moves, stepped, x), jnp.where(moves, x, previous)
+    return (
+        jnp.where(moves, stepped, x),
+        jnp.where(moves, x, previous),
+        jnp.where(moves[:, :, None], remembered, history),
+    )

@@ -17,7 +17,7 @@ from vidar.diffusion.plan import Commit
 from vidar.errors import ConfigError
 from vidar.models.frames import Conditions, Frames
 from vidar.sampling.noise import Purpose, frame_noise, session_keys
-from vidar.sampling.solvers import Euler, FewStep
+from vidar.sampling.solvers import DPMPlusPlus, Euler, FewStep, UniPC
 
 STEPS = FewStep((1000.0, 600.0, 300.0))
 # Name: fields of the sampler, frames that are given. Three solver steps unless said otherwise.
@@ -35,6 +35,10 @@ PLANS = {
         dict(lag=0, frames=7, chunk=3, first=True, solver=Euler(5, shift=3.0), visibility=Bidirectional()),
         0,
     ),
+    "UniPC": (dict(solver=UniPC(4)), 0),
+    "UniPC, lag 1, fused": (dict(solver=UniPC(4), lag=1, commit="fused"), 0),
+    "DPM++, ring, sink, chunk 2, lag 2": (dict(solver=DPMPlusPlus(4), window=6, sink=2, chunk=2, lag=2), 0),
+    "DPM++, lag 0": (dict(solver=DPMPlusPlus(4), lag=0), 0),
     "ring": (dict(window=3, solver=Euler(3)), 0),
     "ring, fused": (dict(window=3, commit="fused"), 0),
     "ring, sink, lag 1": (dict(window=4, sink=1, lag=1), 0),

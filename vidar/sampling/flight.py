@@ -24,7 +24,7 @@ from vidar.sampling.solvers import level_table
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "latents", "actions", "next_frame", "origin", "limit", "key", "active"],
+    data_fields=["cache", "latents", "history", "actions", "next_frame", "origin", "limit", "key", "active"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class State:
     Attributes:
         cache: Context cache over all branches; None where the plan keeps no context (lag 0).
         latents: Chunks in flight between ticks, oldest first, `[b, f, h, w, c]` (f may be 0).
+        history: What the solver remembers of them, `[b, f, k, h, w, c]` (k may be 0).
         actions: Actions of the frames in flight, or None.
         next_frame: Absolute frame at which the next chunk starts, `[b]`, or a scalar for rows in step.
         origin: First generated frame; frames before it were given.
@@ -44,6 +45,7 @@ class State:
 
     cache: Any
     latents: Any
+    history: Any
     actions: Any
     next_frame: Any
     origin: Any
@@ -75,6 +77,7 @@ class Flight:
     sampler: Any
     state: State
     latents: jax.Array
+    history: jax.Array
     conditions: Conditions
     start: jax.Array
     layout: Layout
@@ -92,6 +95,7 @@ class Flight:
         new_frames = jnp.broadcast_to(jnp.reshape(state.next_frame, (-1, 1)), (rows, 1)) + _range(new)[None]
         noise = frame_noise(state.key, Purpose.INITIAL, new_frames, jnp.zeros((new,), jnp.int32), sampler.latent)
         latents = jnp.concatenate([state.latents, noise], axis=1)
+        history = jnp.concatenate([state.history, sampler.no_history(rows, new)], axis=1)
         if conditions.actions is not None and state.actions is not None:
             actions = jnp.concatenate([state.actions, conditions.actions], axis=1)
             conditions = replace(conditions, actions=actions)
@@ -101,7 +105,7 @@ class Flight:
         if sampler.carried:
             frame = jnp.reshape(start, (-1, 1)) + _range(frames)[None]
             exists = (frame >= jnp.reshape(state.origin, (-1, 1))) & (frame < jnp.reshape(state.limit, (-1, 1)))
-        return cls(sampler, state, latents, conditions, start, layout, exists)
+        return cls(sampler, state, latents, history, conditions, start, layout, exists)
 
     # ---------------------------------------------------------------------------------------------------------- rows
 
@@ -111,17 +115,19 @@ class Flight:
         after = np.asarray(group.after, np.int32)
         skip = self.sampler.carried // self.sampler.chunk + self._new_chunks - before.shape[1]
 
-        def row(latents: jax.Array, progress: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
-            part = self._slots(latents, skip)
-            output, stepped = part._row(model, *progress, fused=group.kind == "fused")
-            latents = jnp.concatenate([latents[:, : skip * self.sampler.chunk], stepped], axis=1)
-            return latents, (output.keys, output.values) if group.write else None
+        def row(moving: tuple[jax.Array, jax.Array], progress: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
+            part = self._slots(*moving, skip)
+            output, *stepped = part._row(model, *progress, fused=group.kind == "fused")
+            held = skip * self.sampler.chunk
+            whole = tuple(jnp.concatenate([x[:, :held], new], axis=1) for x, new in zip(moving, stepped, strict=True))
+            return whole, (output.keys, output.values) if group.write else None
 
+        moving = self.latents, self.history
         if len(before) == 1:
-            latents, written = row(self.latents, (jnp.asarray(before[0]), jnp.asarray(after[0])))
+            moving, written = row(moving, (jnp.asarray(before[0]), jnp.asarray(after[0])))
         else:
-            latents, written = jax.lax.scan(row, self.latents, (jnp.asarray(before), jnp.asarray(after)))
-        flight = replace(self, latents=latents)
+            moving, written = jax.lax.scan(row, moving, (jnp.asarray(before), jnp.asarray(after)))
+        flight = replace(self, latents=moving[0], history=moving[1])
         if not group.write:
             return flight
         keys, values = written
@@ -132,15 +138,16 @@ class Flight:
     def _new_chunks(self) -> int:
         return self.sampler.program.emits if not self.sampler.program.lag else 1
 
-    def _slots(self, latents: jax.Array, skip: int) -> "Flight":
+    def _slots(self, latents: jax.Array, history: jax.Array, skip: int) -> "Flight":
         """The flight without its first `skip` chunks (the committed chunk of a fused plan's later rows)."""
         frames = skip * self.sampler.chunk
         if not frames:
-            return replace(self, latents=latents)
+            return replace(self, latents=latents, history=history)
         actions = cut(self.conditions.actions, slice(frames, None))
         return replace(
             self,
             latents=latents[:, frames:],
+            history=history[:, frames:],
             conditions=replace(self.conditions, actions=actions),
             start=self.start + frames,
             layout=chunk_layout(self.layout.frames - frames, self.sampler.chunk),
@@ -149,14 +156,13 @@ class Flight:
 
     def _row(
         self, model: Any, before_u: jax.Array, after_u: jax.Array, *, fused: bool = False
-    ) -> tuple[Any, jax.Array]:
-        """One forward and one solver step of every chunk whose progress advances."""
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """One forward and one solver step of every chunk whose progress advances; its output, latents and history."""
         sampler = self.sampler
         table = jnp.asarray(level_table(sampler.solver))
         chunk_of = np.asarray(self.layout.chunks)
         before, after = before_u[chunk_of], after_u[chunk_of]
-        level, next_level = table[before], table[after]
-        moved = after > before
+        level = table[before]
         time = None
         if fused:
             pending = jnp.asarray(chunk_of == 0)
@@ -167,10 +173,11 @@ class Flight:
         noise = None
         if sampler.solver.stochastic:
             noise = frame_noise(self.state.key, Purpose.RENOISE, self._frames(), after, sampler.latent)
-        rows = x.shape[0]
-        levels = (jnp.broadcast_to(value[None], (rows, value.shape[0])) for value in (level, next_level))
-        stepped = sampler.solver.step(model.config.prediction, prediction, self.latents, *levels, noise)
-        return output, jnp.where(moved[None, :, None, None, None], stepped, self.latents)
+        kind = model.config.prediction
+        latents, history = sampler.solver.step(kind, prediction, self.latents, before, noise, self.history)
+        moved = (after > before)[None, :, None, None, None]
+        latents = jnp.where(moved, latents, self.latents)
+        return output, latents, jnp.where(moved[:, :, None], history, self.history)
 
     def _forward(
         self, model: Any, latents: jax.Array, level_f: jax.Array, time_f: jax.Array | None, drops: tuple[str, ...] = ()
@@ -213,12 +220,13 @@ class Flight:
         # A loop of unknown length has no reverse mode: text, which is differentiable, is cut inside it, too.
         frozen, conditions = jax.lax.stop_gradient((model, self.conditions))
 
-        def step(row: jax.Array, latents: jax.Array) -> jax.Array:
-            flight = replace(constant, latents=latents, conditions=conditions)
-            return flight._row(frozen, row[None], row[None] + 1)[1]
+        def step(row: jax.Array, moving: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            flight = replace(constant, latents=moving[0], history=moving[1], conditions=conditions)
+            _, *moving = flight._row(frozen, row[None], row[None] + 1)
+            return tuple(moving)
 
-        latents = jax.lax.fori_loop(0, exit_row, step, jax.lax.stop_gradient(self.latents))
-        latents = jax.lax.stop_gradient(latents)
+        moving = jax.lax.stop_gradient((self.latents, self.history))
+        latents, _ = jax.lax.stop_gradient(jax.lax.fori_loop(0, exit_row, step, moving))
         level = jnp.broadcast_to(jnp.asarray(level_table(self.sampler.solver))[exit_row], (self.layout.frames,))
 
         @jax.checkpoint
@@ -291,26 +299,25 @@ class Flight:
             return replace(state, next_frame=state.next_frame + new), everything
         # A fused plan keeps the emitted chunk one more tick, until it is committed.
         fused = sampler.commit.kind == "fused"
-        emitted = self._slots(self.latents, 1) if fused else self
+        emitted = self._slots(self.latents, self.history, 1) if fused else self
         first = jnp.broadcast_to(emitted.start, (rows,))
         valid = (first >= jnp.broadcast_to(state.origin, (rows,))) & (first < jnp.broadcast_to(state.limit, (rows,)))
         if state.active is not None:
             valid = valid & state.active
         chunk = Chunk(emitted.latents[:, :frames], first, valid)
-        latents, actions = self.latents[:, frames:], cut(self.conditions.actions, slice(frames, None))
-        if not sampler.carried:
-            latents, actions = latents[:, :0], cut(actions, slice(0, 0))
+        kept = slice(frames, None) if sampler.carried else slice(0, 0)
+        latents, history, actions = (cut(x, kept) for x in (self.latents, self.history, self.conditions.actions))
         if state.actions is None:
             actions = None
         next_frame = state.next_frame + new
         if state.active is not None:
-            keep = state.active
-            latents = jnp.where(keep[:, None, None, None, None], latents, state.latents)
-            if actions is not None and state.actions is not None:
-                shape = (-1,) + (1,) * (actions.ndim - 1)
-                actions = jnp.where(keep.reshape(shape), actions, state.actions)
-            next_frame = jnp.where(keep, next_frame, state.next_frame)
-        return replace(state, latents=latents, actions=actions, next_frame=next_frame), chunk
+
+            def running(new: jax.Array | None, old: Any) -> jax.Array | None:
+                return None if new is None else jnp.where(state.active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+            latents, history = running(latents, state.latents), running(history, state.history)
+            actions, next_frame = running(actions, state.actions), running(next_frame, state.next_frame)
+        return replace(state, latents=latents, history=history, actions=actions, next_frame=next_frame), chunk
 
 
 def _null_text(model: Any, text: ConditionCache) -> ConditionCache:

@@ -111,12 +111,17 @@ class Sampler:
         return State(
             cache=cache,
             latents=jnp.zeros((rows, self.carried, *self.latent), jnp.float32),
+            history=self.no_history(rows, self.carried),
             actions=carried,
             next_frame=jnp.zeros(shape, jnp.int32),
             origin=jnp.zeros(shape, jnp.int32),
             limit=jnp.full(shape, limit, jnp.int32),
             key=key_b,
         )
+
+    def no_history(self, rows: int, frames: int) -> jax.Array:
+        """What the solver remembers of frames that have taken no step, `[b, f, k, h, w, c]`."""
+        return jnp.zeros((rows, frames, self.solver.remembered, *self.latent), jnp.float32)
 
     def encode(self, model: Any, conditions: Conditions) -> Conditions:
         """Projects text and image once per prompt, for all branches; other conditions pass through."""
@@ -187,7 +192,8 @@ class Sampler:
 
         def commit(state: State, chunk: int, latents: jax.Array, conditions: Conditions) -> State:
             sampler = replace(clean, chunk=chunk)
-            flight = Flight(sampler, state, latents, conditions, state.next_frame, chunk_layout(chunk, chunk))
+            history = self.no_history(latents.shape[0], chunk)
+            flight = Flight(sampler, state, latents, history, conditions, state.next_frame, chunk_layout(chunk, chunk))
             cache = flight.commit_first(model).state.cache
             step = chunk if state.active is None else chunk * state.active.astype(jnp.int32)
             return replace(state, cache=cache, next_frame=state.next_frame + step)
@@ -269,9 +275,11 @@ class Sampler:
             parts.append(given)
         elif self.first and self.program.lag:
             alone = replace(self, chunk=1, lag=None, commit=replace(self.commit, kind="extra_pass"))
-            opening = replace(state, latents=state.latents[:, :0], actions=cut(state.actions, slice(0, 0)))
+            empty = {name: cut(getattr(state, name), slice(0, 0)) for name in ("latents", "history", "actions")}
+            opening = replace(state, **empty)
             opening, first = alone.tick(model, opening, conditions.frames(0, 1))
-            state = replace(opening, latents=state.latents, actions=state.actions, origin=opening.next_frame)
+            carried = {name: getattr(state, name) for name in empty}
+            state = replace(opening, **carried, origin=opening.next_frame)
             start, parts = 1, [first.latents]
         chunks, rest = divmod(frames - start, self.chunk)
         if rest and self.program.lag:
