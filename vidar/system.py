@@ -32,6 +32,8 @@ from vidar.diffusion.levels import LevelsConfig
 from vidar.diffusion.plan import Commit
 from vidar.errors import CheckpointError, ConfigError, DataError, check_range
 from vidar.models.codecs.pixel import PixelCodec
+from vidar.models.codecs.taehv import TAEHVConfig
+from vidar.models.codecs.wan_vae import WanVAEConfig
 from vidar.models.dit import DiT, DiTConfig
 from vidar.models.frames import Batch, Conditions
 from vidar.models.presets import preset
@@ -44,6 +46,7 @@ from vidar.sampling.solvers import Euler, Solver
 from vidar.weights import SUFFIX, load_weights, read_meta
 
 Objectives = diffusion.Diffusion | teacher_forcing.TeacherForcing | self_forcing.SelfForcing
+Codec = PixelCodec | WanVAEConfig | TAEHVConfig
 Pattern = Bidirectional | ChunkCausal | TeacherForcing | Identity | KeyRange
 
 
@@ -104,7 +107,7 @@ class SystemConfig:
 
     objective: Objectives
     video: VideoConfig = field(default_factory=VideoConfig)
-    codec: PixelCodec = field(default_factory=PixelCodec)
+    codec: Codec = field(default_factory=PixelCodec)
     model: DiTConfig = field(default_factory=DiTConfig)
     teacher: DiTConfig | None = None
     visibility: Pattern = field(default_factory=ChunkCausal)
@@ -129,11 +132,6 @@ class System:
     config: SystemConfig
     objective: Objective
     axes: Axes
-
-    @property
-    def codec(self) -> PixelCodec:
-        """The codec."""
-        return self.config.codec
 
     @property
     def sampler(self) -> Sampler:
@@ -166,9 +164,15 @@ class System:
             The batch, with pixels encoded.
 
         Raises:
-            DataError: A condition that the network uses is missing.
+            DataError: A condition that the network uses is missing, or pixels need a codec that has weights.
         """
-        latents = batch["latents"] if "latents" in batch else self.codec.encode(batch["pixels"])
+        codec = self.config.codec
+        if "latents" in batch:
+            latents = batch["latents"]
+        elif isinstance(codec, PixelCodec):
+            latents = codec.encode(batch["pixels"])
+        else:
+            raise DataError(f"the batches hold pixels, which codec {codec.kind} does not encode while training")
         model = self.config.model
         used = {"text": model.text, "actions": model.actions, "label": model.classes}
         missing = [name for name, wanted in used.items() if wanted and name not in batch]

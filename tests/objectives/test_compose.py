@@ -91,7 +91,7 @@ def test_batches_are_encoded_and_lacking_ones_refused():
     system = composed()
     batch = system.prepare(jax.tree.map(jnp.asarray, pixels()))
     assert batch.latents.shape == (2, 4, 4, 4, 12)
-    np.testing.assert_array_equal(system.codec.decode(batch.latents), pixels()["pixels"])
+    np.testing.assert_array_equal(system.config.codec.decode(batch.latents), pixels()["pixels"])
     np.testing.assert_array_equal(batch.conditions.actions, pixels()["actions"])
     assert batch.conditions.text is None
     lacking = {name: value for name, value in pixels().items() if name != "actions"}
@@ -125,7 +125,9 @@ def test_axes_follow_the_config():
 
 def test_presets_are_filled_in_and_overridden():
     system = compose(
-        system_config(TINY | {"model": {"preset": "small", "layers": 1, "channels": 12}, "codec": {"patch": 2}})
+        system_config(
+            TINY | {"model": {"preset": "small", "layers": 1, "channels": 12}, "codec": {"kind": "pixel", "patch": 2}}
+        )
     )
     assert (system.config.model.width, system.config.model.layers) == (768, 1)
     assert system.model_config("critic") == system.config.model
@@ -154,7 +156,7 @@ REFUSED = {
         "after the first frame; .* would be",
     ),
     "no frames": (dict(video={"frames": 0}), "at least 1"),
-    "pixels": (dict(video={"height": 9, "frames": 4, "chunk": 2}), "9×16 pixels do not divide"),
+    "pixels": (dict(video={"height": 9, "frames": 4, "chunk": 2}), "9×16 pixels are not whole multiples of 2"),
     "patch": (dict(model=MODEL | {"patch": 3}), "do not divide into patches of 3"),
     "channels": (dict(model=MODEL | {"channels": 7}), "model.channels=7, but the codec gives 12"),
     "teacher's channels": (dict(teacher=MODEL | {"channels": 7}), "teacher.channels=7, but the codec gives 12"),
@@ -214,9 +216,9 @@ REFUSED = {
         "objective.high=0.1 must be above 0.9",
     ),
     "drop": (dict(drop=1.5), "drop=1.5 must be at least 0 and at most 1"),
-    "codec's patch": (dict(codec={"patch": 0}), "codec.patch=0 must be at least 1"),
-    "codec's deviation": (dict(codec={"deviation": 0.0}), "codec.deviation=0.0 must be above 0"),
-    "codec's mean": (dict(codec={"mean": float("nan")}), "codec.mean=nan must be finite"),
+    "codec's patch": (dict(codec={"kind": "pixel", "patch": 0}), "codec.patch=0 must be at least 1"),
+    "codec's deviation": (dict(codec={"kind": "pixel", "deviation": 0.0}), "codec.deviation=0.0 must be above 0"),
+    "codec's mean": (dict(codec={"kind": "pixel", "mean": float("nan")}), "codec.mean=nan must be finite"),
     "no heads": (dict(model=MODEL | {"heads": 0}), "model.heads=0 must be at least 1"),
     "no layers": (dict(model=MODEL | {"layers": -1}), "model.layers=-1 must be at least 1"),
     "no hidden width": (dict(model=MODEL | {"mlp": 0}), "model.mlp=0 must be at least 1"),

@@ -35,7 +35,6 @@ def _turning(options: argparse.Namespace) -> int:
     from vidar.errors import ConfigError, check_range, make_directory
     from vidar.evaluation.control import turning
     from vidar.evaluation.sheets import contact_sheet
-    from vidar.training.experiment import generate_clips
 
     check_range("--starts", options.starts, least=1)
     check_range("--given", options.given, least=1)
@@ -69,13 +68,13 @@ def _turning(options: argparse.Namespace) -> int:
     )
     starts = batch["pixels"]
     report = {}
-    for name, (system, model) in zip(titles, models, strict=True):
+    for name, pipeline in zip(titles, models, strict=True):
 
-        def generate(given: np.ndarray, actions: np.ndarray, system=system, model=model) -> np.ndarray:
+        def generate(given: np.ndarray, actions: np.ndarray, pipeline=pipeline) -> np.ndarray:
             # Both turns of a start share their seed: the first half of the rows is repeated as the second.
             half = len(given) // 2
             parts = [
-                generate_clips(system, model, actions[part], given[part], options.frames)
+                pipeline.generate(options.frames, actions=actions[part], given=given[part])
                 for part in (slice(0, half), slice(half, None))
             ]
             return np.concatenate(parts)
@@ -109,7 +108,6 @@ def _world(options: argparse.Namespace) -> int:
     from vidar.devices import enable_compilation_cache
     from vidar.errors import check_range
     from vidar.evaluation.world import held_out, score, standing_still
-    from vidar.training.experiment import generate_clips
 
     check_range("--clips", options.clips, least=1)
     check_range("--frames", options.frames, least=2)
@@ -119,9 +117,11 @@ def _world(options: argparse.Namespace) -> int:
     size, actions = truth.pixels.shape[2:4], int(truth.actions.max()) + 1
     one_shape = size, "the one-shape world", actions, len(KINDS)
     models = {str(source): _loaded(source, *one_shape) for source in options.model}
-    for source, (system, model) in models.items():
-        label = truth.label if model.config.classes else None
-        videos[source] = generate_clips(system, model, truth.actions, truth.pixels[:, :1], options.frames, label=label)
+    for source, pipeline in models.items():
+        label = truth.label if pipeline.model.config.classes else None
+        videos[source] = pipeline.generate(
+            options.frames, actions=truth.actions, given=truth.pixels[:, :1], label=label
+        )
     for name, video in videos.items():
         summary = score(video, truth).part(1, options.frames).summary()
         cells = "  ".join(
@@ -147,13 +147,14 @@ def _titles(sources: Sequence[str]) -> list[str]:
     return titles
 
 
-def _loaded(source: str, size: Sequence[int], truth: str, actions: int, classes: int | None = None) -> tuple[Any, Any]:
-    """A system and its network, which must know what the truth tells, and make frames of its size."""
+def _loaded(source: str, size: Sequence[int], truth: str, actions: int, classes: int | None = None) -> Any:
+    """A pipeline, whose network must know what the truth tells, and make frames of its size."""
     from vidar.errors import ConfigError
     from vidar.models.layers import DiscreteActions
-    from vidar.system import load
+    from vidar.pipeline import load_pipeline
 
-    system, model = load(source)
+    pipeline = load_pipeline(source)
+    system, model = pipeline.system, pipeline.model
     video, kind = system.config.video, model.config.actions
     if (video.height, video.width) != tuple(size):
         raise ConfigError(
@@ -166,4 +167,4 @@ def _loaded(source: str, size: Sequence[int], truth: str, actions: int, classes:
         raise ConfigError(f"{source}: makes whole clips at once and cannot go on from a frame: give a causal student")
     if model.config.classes not in (None, classes):
         raise ConfigError(f"{source}: needs one of {model.config.classes} classes, {truth} tells {classes or 'none'}")
-    return system, model
+    return pipeline

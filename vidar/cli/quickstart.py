@@ -121,7 +121,7 @@ def _stream(system: Any, model: Any, truth: Any) -> Any:
     from vidar.streaming import Engine
     from vidar.system import streaming_sampler
 
-    engine = Engine(streaming_sampler(system), system.codec, model, rows=len(truth.actions))
+    engine = Engine(streaming_sampler(system), system.config.codec, model, rows=len(truth.actions))
     engine.open(seed=0, given=truth.pixels[:, :1], label=truth.label if model.config.classes else None)
     ticks = (truth.actions[:, frame : frame + 1] for frame in range(1, truth.actions.shape[1]))
     chunks = [truth.pixels[:, :1]]

@@ -113,14 +113,16 @@ def _live_ticks(kind: DiscreteActions, chunk: int, ticks: int | None, stdin: Tex
         yield np.full((1, chunk), parse_script(word, kind.count)[0], np.int32)
 
 
-def given_frames(path: Path, count: int, height: int, width: int) -> np.ndarray:
+def given_frames(path: Path, count: int, height: int, width: int, exact: bool = True) -> np.ndarray:
     """Reads the first frames of an image or video, as the model takes them.
 
     Args:
         path: Image or video.
         count: Frames to take.
-        height: The model's pixel height; larger pictures of the same shape are reduced by a whole factor.
+        height: The model's pixel height.
         width: The model's pixel width.
+        exact: Whether every pixel matters: larger pictures of the same shape are reduced by a whole factor, others
+            refused. Else their middle is cut out and resized.
 
     Returns:
         uint8 `[1, count, height, width, 3]`.
@@ -129,12 +131,15 @@ def given_frames(path: Path, count: int, height: int, width: int) -> np.ndarray:
         DataError: The file cannot be read, is too short, or has another shape.
     """
     from vidar.data.video import read_video
+    from vidar.pipeline import fitted
 
     if count < 1:
         raise ConfigError(f"--given={count} must be at least 1")
     pixels = read_video(path)[:count]
     if len(pixels) < count:
         raise DataError(f"{path} has {len(pixels)} frames, --given={count} needs more")
+    if not exact:
+        return np.stack([fitted(frame, height, width) for frame in pixels])[None]
     factor = pixels.shape[1] // height
     if factor < 1 or pixels.shape[1:3] != (factor * height, factor * width):
         raise DataError(

@@ -41,18 +41,20 @@ def run(options: argparse.Namespace) -> int:
     from vidar.data.video import VideoWriter
     from vidar.devices import enable_compilation_cache
     from vidar.errors import ConfigError, VidarError
+    from vidar.pipeline import load_pipeline
     from vidar.streaming import Engine
-    from vidar.system import load, streaming_sampler
+    from vidar.system import streaming_sampler
 
     if options.frames < 0:
         raise ConfigError(f"--frames={options.frames}: a number of frames, or 0 until interrupted")
     if options.first is None and options.given != 1:
         raise ConfigError(f"--given={options.given} says how many frames of --first are taken: give --first, too")
     enable_compilation_cache()
-    system, model = load(options.model)
+    pipeline = load_pipeline(options.model)
+    system, model = pipeline.system, pipeline.model
     positions = "relative" if options.relative else None
     sampler = streaming_sampler(system, options.window, options.sink, positions)
-    engine = Engine(sampler, system.codec, model)
+    engine = Engine(sampler, pipeline.codec, model)
     video = system.config.video
     ticks = -(-options.frames // sampler.chunk) if options.frames else None
     first = None if options.first is None else given_frames(options.first, options.given, video.height, video.width)

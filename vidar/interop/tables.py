@@ -5,7 +5,7 @@ says how it lies there. From the table follow the shapes that a checkpoint must 
 written. This room knows no particular network; files are `sources.py`'s.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,6 +49,7 @@ class Row:
 
 
 Table = tuple[Row, ...]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 def shapes(network: Any, table: Table, layout: str) -> dict[str, tuple[int, ...]]:
@@ -118,7 +119,7 @@ def load(
     table: Table,
     layout: str,
     logical_axes: Callable[[str, Any], tuple[str | None, ...]] | None = None,
-    progress: Any = iter,
+    progress: Progress = iter,
 ) -> Any:
     """Loads a checkpoint, tensor by tensor: host memory holds one of them beside the network's own arrays.
 

@@ -41,14 +41,16 @@ _STORAGES = {
 _LOCAL_HEADER = 30
 _ALIGNMENT = 64
 _DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError)
+Progress = Callable[[int], Any]  # told a number of bytes whenever so many more are done
 
 
-def write_torch_file(path: str | Path, networks: Mapping[str, Tensors]) -> None:
+def write_torch_file(path: str | Path, networks: Mapping[str, Tensors], progress: Progress = int) -> None:
     """Writes networks as `torch.save` would, one tensor in memory at a time.
 
     Args:
         path: The file.
         networks: Tensors by name, by the network's name, such as `generator_ema`.
+        progress: Called with the number of bytes of each tensor that is written, such as `tqdm.update`.
 
     Raises:
         CheckpointError: It cannot be written.
@@ -59,6 +61,7 @@ def write_torch_file(path: str | Path, networks: Mapping[str, Tensors]) -> None:
         archive.writestr("archive/byteorder", b"little")
         for number, stored in enumerate(flat):
             _write_storage(archive, f"archive/data/{number}", np.ascontiguousarray(stored.read()))
+            progress(math.prod(stored.shape) * stored.dtype.itemsize)
         archive.writestr("archive/version", b"3\n")
 
 

@@ -1,7 +1,7 @@
 """Wan 2.1's networks in two layouts: the original, which Self Forcing and its kin share, and diffusers'."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,6 +15,10 @@ from vidar.models.dit import DiT, DiTConfig, ImageConfig, TextConfig
 from vidar.models.layers import Precision
 from vidar.models.umt5 import UMT5, UMT5Config
 
+# A tensor by which each network and its layout are known.
+DIT_MARKS = {"original": "head.head.weight", "diffusers": "proj_out.weight"}
+VAE_MARKS = {"original": "decoder.head.0.gamma", "diffusers": "decoder.norm_out.gamma"}
+UMT5_MARKS = {"original": "token_embedding.weight", "diffusers": "shared.weight"}
 _LINEARS = (  # vidar's module, the original's, diffusers'
     ("text_inner", "text_embedding.0", "condition_embedder.text_embedder.linear_1"),
     ("text_outer", "text_embedding.2", "condition_embedder.text_embedder.linear_2"),
@@ -31,106 +35,6 @@ _LINEARS = (  # vidar's module, the original's, diffusers'
 )
 _ATTENTIONS = (("attention", "self_attn", "attn1"), ("text_attention", "cross_attn", "attn2"))
 _PROJECTIONS = (("query", "q", "to_q"), ("key", "k", "to_k"), ("value", "v", "to_v"), ("output", "o", "to_out.0"))
-
-
-@dataclass(frozen=True)
-class Network:
-    """What a checkpoint turned out to be.
-
-    Attributes:
-        kind: `transformer`, `vae` or `text_encoder`.
-        config: Its config.
-        layout: `original` or `diffusers`.
-        template: The network with `jax.ShapeDtypeStruct` leaves.
-        table: Its rows.
-    """
-
-    kind: str
-    config: DiTConfig | WanVAEConfig | UMT5Config
-    layout: str
-    template: Any
-    table: Table
-
-
-def recognise(tensors: Tensors, head_dim: int = 128) -> Network:
-    """Finds out which of Wan's networks a checkpoint is of.
-
-    Args:
-        tensors: The checkpoint.
-        head_dim: Channels of a transformer's head, which no shape tells.
-
-    Returns:
-        The network; whether all of its tensors are there is asked when they are loaded.
-
-    Raises:
-        CheckpointError: It is none of them.
-    """
-    marks = {
-        "vae": {"original": "decoder.head.0.gamma", "diffusers": "decoder.norm_out.gamma"},
-        "text_encoder": {"original": "token_embedding.weight", "diffusers": "shared.weight"},
-    }
-    for kind, names in marks.items():
-        for layout, name in names.items():
-            if name in tensors and kind == "vae":
-                vae = _vae_config(tensors, layout)
-                return Network(kind, vae, layout, vae_template(vae), vae_table(vae))
-            if name in tensors:
-                text = _umt5_config(tensors, layout)
-                return Network(kind, text, layout, umt5_template(text), umt5_table(text))
-    config, layout = dit_config(tensors, head_dim)
-    return Network("transformer", config, layout, dit_template(config), dit_table(config))
-
-
-def diffusers_config(config: DiTConfig | WanVAEConfig | UMT5Config) -> dict[str, Any]:
-    """What diffusers (or transformers) keeps beside the weights, in `config.json`."""
-    if isinstance(config, WanVAEConfig):
-        return {
-            "_class_name": "AutoencoderKLWan",
-            "base_dim": config.width,
-            "z_dim": config.channels,
-            "dim_mult": list(config.multipliers),
-            "num_res_blocks": config.blocks,
-            "attn_scales": [],
-            "temperal_downsample": list(config.temporal),
-            "dropout": 0.0,
-            "latents_mean": list(config.mean),
-            "latents_std": list(config.deviation),
-        }
-    if isinstance(config, UMT5Config):
-        return {
-            "architectures": ["UMT5EncoderModel"],
-            "model_type": "umt5",
-            "d_model": config.width,
-            "d_kv": config.head_dim,
-            "d_ff": config.mlp,
-            "num_layers": config.layers,
-            "num_heads": config.heads,
-            "vocab_size": config.vocabulary,
-            "relative_attention_num_buckets": config.buckets,
-            "relative_attention_max_distance": config.distance,
-            "feed_forward_proj": "gated-gelu",
-            "is_encoder_decoder": False,
-        }
-    image = config.image
-    return {
-        "_class_name": "WanTransformer3DModel",
-        "patch_size": [1, config.patch, config.patch],
-        "num_attention_heads": config.heads,
-        "attention_head_dim": config.head_dim,
-        "in_channels": config.channels + (image.latents if image else 0),
-        "out_channels": config.channels,
-        "text_dim": config.text.width if config.text else 0,
-        "freq_dim": config.time_channels,
-        "ffn_dim": config.mlp,
-        "num_layers": config.layers,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "eps": 1e-6,
-        "image_dim": image.width if image else None,
-        "added_kv_proj_dim": config.width if image else None,
-        "rope_max_seq_len": 1024,
-        "pos_embed_seq_len": None,
-    }
 
 
 # --------------------------------------------------------------------------------------------------------------- DiT
@@ -161,11 +65,7 @@ def dit_config(tensors: Tensors, head_dim: int = 128, precision: Precision | Non
         CheckpointError: It is none of Wan's transformers.
     """
     rows = {row.ours: row for row in dit_table(DiTConfig())}
-    marks = rows["head.kernel"].theirs
-    layout = next((layout for layout, name in marks.items() if name in tensors), None)
-    if layout is None:
-        first = ", ".join(list(tensors)[:3])
-        raise CheckpointError(f"no transformer of Wan's: it has neither {' nor '.join(marks.values())}, but {first} …")
+    layout = _layout(tensors, DIT_MARKS, "transformer")
 
     def name(ours: str, block: int = 0) -> str:
         return rows[ours].theirs[layout].format(block)
@@ -198,11 +98,43 @@ def dit_config(tensors: Tensors, head_dim: int = 128, precision: Precision | Non
     return config, layout
 
 
+def _layout(tensors: Tensors, marks: Mapping[str, str], what: str) -> str:
+    for layout, name in marks.items():
+        if name in tensors:
+            return layout
+    first = ", ".join(list(tensors)[:3])
+    raise CheckpointError(f"no {what} of Wan's: it has neither {' nor '.join(marks.values())}, but {first} …")
+
+
 def _size(tensors: Tensors, name: str, axis: int) -> int:
     stored = tensors.get(name)
     if stored is None or len(stored.shape) <= axis:
         raise CheckpointError(f"{name} is missing or has another shape than Wan's")
     return stored.shape[axis]
+
+
+def dit_settings(config: DiTConfig) -> dict[str, Any]:
+    """What diffusers keeps beside the weights, in `config.json`."""
+    image = config.image
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [1, config.patch, config.patch],
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.channels + (image.latents if image else 0),
+        "out_channels": config.channels,
+        "text_dim": config.text.width if config.text else 0,
+        "freq_dim": config.time_channels,
+        "ffn_dim": config.mlp,
+        "num_layers": config.layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": image.width if image else None,
+        "added_kv_proj_dim": config.width if image else None,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": None,
+    }
 
 
 def _dit_rows(config: DiTConfig) -> Iterator[Row]:
@@ -256,14 +188,49 @@ def vae_template(config: WanVAEConfig) -> WanVAE:
     return jax.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
 
 
-def _vae_config(tensors: Tensors, layout: str) -> WanVAEConfig:
+def vae_config(
+    tensors: Tensors, settings: Mapping[str, Any], precision: Precision | None = None
+) -> tuple[WanVAEConfig, str]:
+    """Reads off a checkpoint which VAE it is of.
+
+    Args:
+        tensors: The checkpoint.
+        settings: What stands beside it: the statistics of the latents, which no checkpoint holds.
+        precision: Types of the network; None is fp32.
+
+    Returns:
+        The network's config, and the layout.
+
+    Raises:
+        CheckpointError: It is no VAE of Wan's.
+    """
+    layout = _layout(tensors, VAE_MARKS, "VAE")
     names = {row.ours: row.theirs[layout] for row in vae_table(WanVAEConfig())}
     width, channels = (_size(tensors, names[name], 0) for name in ("encoder.enter.kernel", "from_latent.kernel"))
     config = WanVAEConfig(width=width)
-    if channels == config.channels:
-        return config
-    # Statistics are in no checkpoint; those of Wan's 16 channels are known.
-    return WanVAEConfig(width=width, mean=(0.0,) * channels, deviation=(1.0,) * channels)
+    mean, deviation = (tuple(settings.get(f"latents_{name}", ())) for name in ("mean", "std"))
+    if not mean and channels == config.channels:
+        mean, deviation = config.mean, config.deviation  # Wan's own, which its files leave out
+    mean, deviation = mean or (0.0,) * channels, deviation or (1.0,) * channels
+    if len(mean) != channels:
+        raise CheckpointError(f"{len(mean)} statistics of latents were given, the VAE has {channels} channels")
+    return replace(config, mean=mean, deviation=deviation, precision=precision or config.precision), layout
+
+
+def vae_settings(config: WanVAEConfig) -> dict[str, Any]:
+    """What diffusers keeps beside the weights, in `config.json`."""
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": config.width,
+        "z_dim": config.channels,
+        "dim_mult": list(config.multipliers),
+        "num_res_blocks": config.blocks,
+        "attn_scales": [],
+        "temperal_downsample": list(config.temporal),
+        "dropout": 0.0,
+        "latents_mean": list(config.mean),
+        "latents_std": list(config.deviation),
+    }
 
 
 def _vae_rows(config: WanVAEConfig) -> Iterator[Row]:
@@ -326,14 +293,31 @@ def umt5_template(config: UMT5Config) -> UMT5:
     return jax.eval_shape(lambda: UMT5(config, rngs=nnx.Rngs(0)))
 
 
-def _umt5_config(tensors: Tensors, layout: str) -> UMT5Config:
+def umt5_config(
+    tensors: Tensors, settings: Mapping[str, Any], precision: Precision | None = None
+) -> tuple[UMT5Config, str]:
+    """Reads off a checkpoint which text encoder it is of.
+
+    Args:
+        tensors: The checkpoint.
+        settings: What stands beside it.
+        precision: Types of the network; None is bf16.
+
+    Returns:
+        The network's config, and the layout.
+
+    Raises:
+        CheckpointError: It is no UMT5.
+    """
+    layout = _layout(tensors, UMT5_MARKS, "text encoder")
     names = {row.ours: row.theirs[layout] for row in umt5_table(UMT5Config())}
     first = {ours: name.format(0) for ours, name in names.items()}
     layers = 0
     while names["blocks.positions"].format(layers) in tensors:
         layers += 1
     heads = _size(tensors, first["blocks.positions"], 1)
-    return UMT5Config(
+    config = UMT5Config()
+    config = UMT5Config(
         width=_size(tensors, first["embedding"], 1),
         layers=layers,
         heads=heads,
@@ -341,7 +325,28 @@ def _umt5_config(tensors: Tensors, layout: str) -> UMT5Config:
         mlp=_size(tensors, first["blocks.up.kernel"], 0),
         vocabulary=_size(tensors, first["embedding"], 0),
         buckets=_size(tensors, first["blocks.positions"], 0),
+        distance=int(settings.get("relative_attention_max_distance", config.distance)),
+        precision=precision or config.precision,
     )
+    return config, layout
+
+
+def umt5_settings(config: UMT5Config) -> dict[str, Any]:
+    """What transformers keeps beside the weights, in `config.json`."""
+    return {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "d_model": config.width,
+        "d_kv": config.head_dim,
+        "d_ff": config.mlp,
+        "num_layers": config.layers,
+        "num_heads": config.heads,
+        "vocab_size": config.vocabulary,
+        "relative_attention_num_buckets": config.buckets,
+        "relative_attention_max_distance": config.distance,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
+    }
 
 
 def _umt5_rows() -> Iterator[Row]:

@@ -38,6 +38,7 @@ from vidar.models.layers import (
     modulate,
 )
 from vidar.models.placement import gathered
+from vidar.models.quirks import Quirks
 from vidar.sharding import constrain
 
 
@@ -98,6 +99,7 @@ class DiTConfig:
         precision: Types.
         backend: Attention back end of full sequences and cached steps: `xla`, `cudnn` or `splash`.
         remat: Whether the backward pass recomputes each block.
+        quirks: What reference code does by accident; none by default.
     """
 
     width: int = 64
@@ -118,6 +120,7 @@ class DiTConfig:
     precision: Precision = field(default_factory=Precision)
     backend: str = "xla"
     remat: bool = False
+    quirks: Quirks = field(default_factory=Quirks)
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "mlp", "channels", "patch", "classes"):
@@ -194,7 +197,7 @@ class Block(nnx.Module):
 
         Args:
             x_bfpm: Residual stream.
-            embedding: Shared modulation `[b, f, 6, m]` or embedding `[b, f, m]`, fp32.
+            embedding: Shared modulation `[b, f, 6, m]` or embedding `[b, f, m]`.
             turn: Rotations of all tokens.
             attend: Function (q, k, v) → output over `[b, t, n, d]`.
             attend_text: Function q `[b, f, p, n, d]` → output over the keys of text and image.
@@ -229,7 +232,7 @@ class Block(nnx.Module):
 
 
 def _gated(x_bfpm: jax.Array, gate_bfm: jax.Array, update: jax.Array) -> jax.Array:
-    return x_bfpm + (gate_bfm[:, :, None, :] * update.astype(jnp.float32)).astype(x_bfpm.dtype)
+    return x_bfpm + (gate_bfm[:, :, None, :] * update.astype(gate_bfm.dtype)).astype(x_bfpm.dtype)
 
 
 class DiT(nnx.Module):
@@ -264,14 +267,19 @@ class DiT(nnx.Module):
     # ------------------------------------------------------------------------------------------------- conditioning
 
     def encode_conditioning(
-        self, text_bsc: jax.Array, kept_b: jax.Array | None = None, image_bsc: jax.Array | None = None
+        self,
+        text_bsc: jax.Array,
+        kept_b: jax.Array | None = None,
+        image_bsc: jax.Array | None = None,
+        negative_bsc: jax.Array | None = None,
     ) -> ConditionCache:
         """Projects text, and an image's features, to each block's keys and values; differentiable.
 
         Args:
             text_bsc: Text states `[b, s, c]`.
-            kept_b: Rows whose text is kept, bool `[b]`; others count as all-zero states.
+            kept_b: Rows whose text is kept, bool `[b]`; None for all.
             image_bsc: Features of an image `[b, s, c]`, or None.
+            negative_bsc: States of the other rows; None for zeros.
 
         Returns:
             Keys and values `[l, b, s, n, d]`.
@@ -287,7 +295,8 @@ class DiT(nnx.Module):
             raise ConfigError(f"text states have {text_bsc.shape[-1]} channels, model.text.width={config.text.width}")
         dtype = jnp.dtype(config.precision.compute)
         if kept_b is not None:
-            text_bsc = jnp.where(kept_b[:, None, None], text_bsc, jnp.zeros((), text_bsc.dtype))
+            other = jnp.zeros((), text_bsc.dtype) if negative_bsc is None else negative_bsc.astype(text_bsc.dtype)
+            text_bsc = jnp.where(kept_b[:, None, None], text_bsc, other)
         hidden = jax.nn.gelu(network.text_inner(text_bsc, dtype), approximate=True)
         states = constrain(network.text_outer(hidden, dtype), "batch", None, None)
         image = None
@@ -311,18 +320,20 @@ class DiT(nnx.Module):
         return ConditionCache(*jax.lax.map(project, network.blocks))
 
     def _embed(self, streams: Sequence[Frames], conditions: Conditions) -> jax.Array:
-        """Embedding of time, actions and class, `[b, f, m]` fp32 over all streams."""
-        parts = []
+        """Embedding of time, actions and class, `[b, f, m]` over all streams; fp32 but for `narrow_modulation`."""
+        quirks, parts = self.config.quirks, []
+        dtype = jnp.dtype(self.config.precision.compute if quirks.narrow_modulation else jnp.float32)
         for stream in streams:
-            embedding = self.time(1000.0 * stream.level if stream.time is None else stream.time)
+            time = 1000.0 * stream.level if stream.time is None else stream.time
+            embedding = self.time(jnp.floor(time + 1e-3) if quirks.whole_times else time, dtype)
             if self.actions is not None:
                 if conditions.actions is None:
                     raise ConfigError("model.actions is set, but no actions were given")
-                embedding = embedding + self.actions(conditions.actions, conditions.actions_kept)
+                embedding = embedding + self.actions(conditions.actions, conditions.actions_kept).astype(dtype)
             if self.classes is not None:
                 if conditions.label is None:
                     raise ConfigError("model.classes is set, but no label was given")
-                embedding = embedding + self.classes(conditions.label, conditions.label_kept)[:, None]
+                embedding = embedding + self.classes(conditions.label, conditions.label_kept)[:, None].astype(dtype)
             parts.append(embedding)
         return jnp.concatenate(parts, axis=1)
 
@@ -361,8 +372,8 @@ class DiT(nnx.Module):
         embedding = constrain(network._embed(streams, conditions), "batch", "frames", None)
         shared = embedding
         if network.time_projection is not None:
-            shared = constrain(network.time_projection(jax.nn.silu(embedding), jnp.float32), "batch", "frames", None)
-            shared = shared.reshape(*embedding.shape[:2], 6, config.width)
+            shared = network.time_projection(jax.nn.silu(embedding), embedding.dtype)
+            shared = constrain(shared, "batch", "frames", None).reshape(*embedding.shape[:2], 6, config.width)
         turn = rope.phases(_absolute_frames(streams), height, width, config.head_dim, config.rope)
         pattern = Pattern(visibility, tuple(stream.layout for stream in streams), config.backend)
         masks = _masks(visibility, streams, cache)
@@ -395,7 +406,8 @@ class DiT(nnx.Module):
         if conditions.text is None:
             raise ConfigError("model.text is set, but no text was given")
         if not isinstance(conditions.text, ConditionCache):
-            return self.encode_conditioning(conditions.text, conditions.text_kept, conditions.image)
+            parts = conditions.text_kept, conditions.image, conditions.negative
+            return self.encode_conditioning(conditions.text, *parts)
         return conditions.text
 
     def _inputs(self, stream: Frames, conditions: Conditions) -> jax.Array:

@@ -47,7 +47,7 @@ class Frames:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["text", "actions", "label", "image", "latents", "actions_kept", "label_kept", "text_kept"],
+    data_fields=["text", "actions", "label", "image", "latents", "negative", "actions_kept", "label_kept", "text_kept"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ class Conditions:
         label: Class of the video, int32 `[b]`.
         image: Features of an image `[b, s, c]`; with projected text, they are projected with it.
         latents: Further latents that each frame is given beside its own, `[b, f, h, w, c]`.
+        negative: Text states that stand for dropped text `[b, s, c]`, a negative prompt's; None for all zeros.
         actions_kept: Rows whose actions are not dropped, bool `[b]`; None for all.
         label_kept: Rows whose label is not dropped, bool `[b]`; None for all.
-        text_kept: Rows whose text is not dropped, bool `[b]`; None for all. Dropped text is all zeros.
+        text_kept: Rows whose text is not dropped, bool `[b]`; None for all.
     """
 
     text: jax.Array | ConditionCache | None = None
@@ -70,6 +71,7 @@ class Conditions:
     label: jax.Array | None = None
     image: jax.Array | None = None
     latents: jax.Array | None = None
+    negative: jax.Array | None = None
     actions_kept: jax.Array | None = None
     label_kept: jax.Array | None = None
     text_kept: jax.Array | None = None

@@ -128,8 +128,8 @@ class TableModulation(nnx.Module):
         self.table = nnx.Param((jax.random.normal(rngs.params(), (parts, width)) * width**-0.5).astype(dtype))
 
     def __call__(self, embedding: jax.Array) -> jax.Array:
-        """Adds the table to the shared projection `[b, f, parts, m]`."""
-        return embedding + self.table[...].astype(jnp.float32)[None, None]
+        """Adds the table to the shared projection `[b, f, parts, m]`, in its type."""
+        return embedding + self.table[...].astype(embedding.dtype)[None, None]
 
 
 class ZeroModulation(nnx.Module):
@@ -142,8 +142,8 @@ class ZeroModulation(nnx.Module):
         self.parts = parts
 
     def __call__(self, embedding: jax.Array) -> jax.Array:
-        """Projects the embedding `[b, f, m]` to `[b, f, parts, m]`."""
-        projected = self.projection(jax.nn.silu(embedding), jnp.float32)
+        """Projects the embedding `[b, f, m]` to `[b, f, parts, m]`, in its type."""
+        projected = self.projection(jax.nn.silu(embedding), embedding.dtype)
         return projected.reshape(*embedding.shape[:2], self.parts, embedding.shape[-1])
 
 
@@ -151,8 +151,8 @@ MODULATIONS = {part.kind: part for part in (TableModulation, ZeroModulation)}
 
 
 def modulate(x_bfpm: jax.Array, shift_bfm: jax.Array, scale_bfm: jax.Array, dtype: Any) -> jax.Array:
-    """Layer norm, then per-frame scale and shift, in fp32."""
-    normed = layer_norm(x_bfpm) * (1.0 + scale_bfm[:, :, None, :]) + shift_bfm[:, :, None, :]
+    """Layer norm in fp32, then per-frame scale and shift in their type."""
+    normed = layer_norm(x_bfpm).astype(scale_bfm.dtype) * (1.0 + scale_bfm[:, :, None, :]) + shift_bfm[:, :, None, :]
     return normed.astype(dtype)
 
 
@@ -172,10 +172,10 @@ class TimeEmbedding(nnx.Module):
         self.outer = Linear(width, width, rngs=rngs, scale=0.02, dtype=dtype)
         self.channels = channels
 
-    def __call__(self, time_bf: jax.Array) -> jax.Array:
-        """Embeds `[b, f]` to `[b, f, m]` in fp32."""
-        hidden = self.inner(sinusoid(time_bf, self.channels), jnp.float32)
-        return self.outer(jax.nn.silu(hidden), jnp.float32)
+    def __call__(self, time_bf: jax.Array, dtype: Any) -> jax.Array:
+        """Embeds `[b, f]` to `[b, f, m]` in `dtype`."""
+        hidden = self.inner(sinusoid(time_bf, self.channels), dtype)
+        return self.outer(jax.nn.silu(hidden), dtype)
 
 
 @dataclass(frozen=True)

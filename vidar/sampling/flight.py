@@ -222,8 +222,8 @@ class Flight:
 
         def step(row: jax.Array, moving: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             flight = replace(constant, latents=moving[0], history=moving[1], conditions=conditions)
-            _, *moving = flight._row(frozen, row[None], row[None] + 1)
-            return tuple(moving)
+            _, latents, history = flight._row(frozen, row[None], row[None] + 1)
+            return latents, history
 
         moving = jax.lax.stop_gradient((self.latents, self.history))
         latents, _ = jax.lax.stop_gradient(jax.lax.fori_loop(0, exit_row, step, moving))

@@ -128,8 +128,8 @@ class Sampler:
         if conditions.text is None:
             return conditions
         folded = fold(replace(conditions, actions=None, label=None, latents=None), self.guidance)
-        text = model.encode_conditioning(folded.text, folded.text_kept, folded.image)
-        return replace(conditions, text=text, text_kept=None, image=None)
+        text = model.encode_conditioning(folded.text, folded.text_kept, folded.image, folded.negative)
+        return replace(conditions, text=text, text_kept=None, image=None, negative=None)
 
     # --------------------------------------------------------------------------------------------------------- tick
 

@@ -263,5 +263,5 @@ def level_table(solver: Solver) -> np.ndarray:
 def _levels(solver: "Solver | _Multistep", progress: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Levels `[b, f]` before and after the next step."""
     table = jnp.asarray(np.asarray(solver.levels, np.float32))
-    pair = table[progress], table[jnp.minimum(progress + 1, solver.steps)]
-    return tuple(jnp.broadcast_to(value[None], (rows, value.shape[0])) for value in pair)
+    now, after = table[progress], table[jnp.minimum(progress + 1, solver.steps)]
+    return jnp.broadcast_to(now[None], (rows, len(now))), jnp.broadcast_to(after[None], (rows, len(after)))

@@ -39,7 +39,7 @@ class Timing:
 class Engine:
     """Generates endless video for a fixed number of sessions in step with each other or not.
 
-    Typical use: `engine = Engine(system.sampler, system.codec, model)`, `engine.open(seed=0, given=pixels)`, then
+    Typical use: `engine = Engine(system.sampler, codec, model)`, `engine.open(seed=0, given=pixels)`, then
     `frames = engine.tick(actions)` for as long as one likes.
     """
 
@@ -50,7 +50,7 @@ class Engine:
 
         Args:
             sampler: How the network is sampled; its plan must have lag > 0.
-            codec: Latents to pixels.
+            codec: Latents to pixels; its weights, if any, become arguments of the executables.
             model: The network.
             rows: Sessions.
             text: Text states `[rows, s, c]` for networks with text, or None.
@@ -80,6 +80,8 @@ class Engine:
         self._compiled: dict[Any, Any] = {}
         self._begin = jax.jit(self._first_state)
         self._state, self._codec_state = self._fresh(0)
+        # What the host knows of all sessions: ticks until a chunk leaves, and frames of it that do not exist.
+        self._ramp, self._lead = 0, 0
         if compile_now:
             self.warm_up()
 
@@ -112,9 +114,10 @@ class Engine:
                 raise ConfigError("independent_first_frame: give the first frame of the stream")
             self._state, self._codec_state = self._fresh(seed)
             self._label = placed_label
+            self._ramp, self._lead = self.sampler.program.delay, self.codec.config.frames_per_latent - 1
             return None
         pixels = np.asarray(given)
-        height, width = (size * self.codec.patch for size in self.sampler.latent[:2])
+        height, width = self._size
         wanted = (self.rows, height, width, 3)
         if pixels.ndim != 5 or (pixels.shape[0], *pixels.shape[2:]) != wanted or not pixels.shape[1]:
             raise ConfigError(
@@ -122,28 +125,35 @@ class Engine:
             )
         if pixels.dtype != np.uint8:
             raise ConfigError(f"given frames are {pixels.dtype}, they should be uint8 pixels")
-        conditions = Conditions(self._text, self._actions(actions, pixels.shape[1]), placed_label)
+        latent_frames = self.codec.config.latent_frames(pixels.shape[1])
+        conditions = Conditions(self._text, self._actions(actions, latent_frames), placed_label)
         placed = self._place(pixels)
         # Compiling refuses frames that are not whole chunks; only then are the running sessions given up.
-        self._ready("prefill", pixels.shape[1], self._model, self._state, placed, conditions)
-        self._state, self._codec_state = self._fresh(seed)
+        given_to = self._model, self.codec, placed, conditions
+        self._ready("prefill", pixels.shape[1], self._state, self._codec_state, *given_to)
+        fresh = self._fresh(seed)
         self._label = placed_label
-        self._state = self._run("prefill", pixels.shape[1], self._model, self._state, placed, conditions)
+        self._state, self._codec_state = self._run("prefill", pixels.shape[1], *fresh, *given_to)
+        self._ramp, self._lead = self.sampler.program.delay, 0
         return pixels
 
-    def tick(self, actions: np.ndarray | None = None) -> jax.Array:
+    def tick(self, actions: np.ndarray | None = None) -> jax.Array | None:
         """Generates the next chunk of every session.
 
         Args:
             actions: Actions on the way into each new frame, `[rows, chunk, ...]` or one value for all; None for none.
 
         Returns:
-            uint8 frames `[rows, f, h, w, 3]` on the device, not waited for.
+            uint8 frames `[rows, f, h, w, 3]` on the device, not waited for; None while a pipelined plan ramps up.
         """
         conditions = Conditions(self._text, self._actions(actions, self.sampler.chunk), self._label)
-        self._state, latents = self._run("tick", None, self._model, self._state, conditions)
-        self._codec_state, frames = self._run("decode", None, self._codec_state, latents)
-        return frames
+        self._state, latents = self._run("tick", None, self._state, self._model, conditions)
+        if self._ramp:
+            self._ramp -= 1
+            return None
+        self._codec_state, frames = self._run("decode", None, self._codec_state, self.codec, latents)
+        lead, self._lead = self._lead, 0
+        return self._run("trim", lead, frames) if lead else frames
 
     def frames(self, actions: Iterator[Any], ahead: int = 1) -> Iterator[np.ndarray]:
         """Streams chunks of pixels.
@@ -157,9 +167,9 @@ class Engine:
             uint8 frames `[rows, f, h, w, 3]` on the host; the ramp-up of a pipelined plan is left out.
         """
         pending: list[jax.Array] = []
-        for count, action in enumerate(actions):
+        for action in actions:
             frames = self.tick(action)
-            if count >= self.sampler.program.delay:
+            if frames is not None:
                 pending.append(frames)
             if len(pending) > ahead:
                 yield np.asarray(pending.pop(0))
@@ -179,7 +189,8 @@ class Engine:
             Arrays by name, for `restore` of an engine with the same sampler and rows.
         """
         state = replace(self._state, key=jax.random.key_data(self._state.key))
-        return jax.device_get({"state": jax.tree.leaves((state, self._label)), "codec": self._codec_state})
+        arrays = {"state": jax.tree.leaves((state, self._label)), "codec": self._codec_state}
+        return jax.device_get(arrays) | {"ahead": np.asarray([self._ramp, self._lead], np.int32)}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Goes on from a snapshot.
@@ -198,6 +209,7 @@ class Engine:
         state, self._label = jax.tree.unflatten(tree, [self._place(leaf) for leaf in given])
         self._state = replace(state, key=jax.random.wrap_key_data(state.key))
         self._codec_state = jax.tree.map(self._place, snapshot["codec"])
+        self._ramp, self._lead = snapshot["ahead"].tolist()
 
     # --------------------------------------------------------------------------------------------------- executables
 
@@ -209,10 +221,12 @@ class Engine:
         """
         start = time.perf_counter()
         compiled = sum(self.timing.compile.values())
-        count = given or (1 if self.sampler.first else self.sampler.chunk)
-        height, width = (size * self.codec.patch for size in self.sampler.latent[:2])
+        count = given or self.codec.config.pixel_frames(1 if self.sampler.first else self.sampler.chunk)
         label = None if self._label is None else 0
-        self.open(given=np.zeros((self.rows, count, height, width, 3), np.uint8), label=label)
+        self.open(given=np.zeros((self.rows, count, *self._size, 3), np.uint8), label=label)
+        for _ in range(self.sampler.program.delay):
+            self.tick()
+        self._lead = self.codec.config.frames_per_latent - 1
         self.tick()
         self.block()
         self._state, self._codec_state = self._fresh(0)
@@ -221,10 +235,10 @@ class Engine:
     def lower(self) -> Any:
         """Lowers the tick without running anything, for inspection."""
         conditions = Conditions(self._text, self._actions(None, self.sampler.chunk), self._label)
-        return self._jitted("tick").lower(self._model, self._state, conditions)
+        return self._jitted("tick").lower(self._state, self._model, conditions)
 
     def executable(self, name: str) -> Any:
-        """The compiled `tick`, `decode` or `prefill`."""
+        """The compiled `tick`, `decode`, `prefill` or `trim`."""
         return next(value for (kind, _), value in self._compiled.items() if kind == name)
 
     def _run(self, name: str, size: Any, *arguments: Any) -> Any:
@@ -240,24 +254,28 @@ class Engine:
         return self._compiled[key]
 
     def _jitted(self, name: str) -> Any:
-        sampler, codec = self.sampler, self.codec
+        sampler = self.sampler
 
-        def tick(model: Any, state: State, conditions: Conditions) -> tuple[State, jax.Array]:
+        def tick(state: State, model: Any, conditions: Conditions) -> tuple[State, jax.Array]:
             state, chunk = sampler.tick(model, state, conditions)
             return state, chunk.latents
 
-        def decode(codec_state: Any, latents: jax.Array) -> tuple[Any, jax.Array]:
+        def decode(codec_state: Any, codec: Any, latents: jax.Array) -> tuple[Any, jax.Array]:
             codec_state, frames, _ = codec.decode_chunk(codec_state, latents)
             return codec_state, frames
 
-        def prefill(model: Any, state: State, pixels: jax.Array, conditions: Conditions) -> State:
-            return sampler.prefill(model, state, codec.encode(pixels), conditions)
+        def prefill(
+            state: State, codec_state: Any, model: Any, codec: Any, pixels: jax.Array, conditions: Conditions
+        ) -> tuple[State, Any]:
+            latents = codec.encode(pixels)
+            return sampler.prefill(model, state, latents, conditions), codec.decode_chunk(codec_state, latents)[0]
 
-        return {
-            "tick": jax.jit(tick, donate_argnums=1),
-            "decode": jax.jit(decode, donate_argnums=0),
-            "prefill": jax.jit(prefill, donate_argnums=1),
-        }[name]
+        def trim(frames: jax.Array) -> jax.Array:
+            return frames[:, self.codec.config.frames_per_latent - 1 :]
+
+        donated = {"tick": (0,), "decode": (0,), "prefill": (0, 1), "trim": ()}
+        functions = {"tick": tick, "decode": decode, "prefill": prefill, "trim": trim}
+        return jax.jit(functions[name], donate_argnums=donated[name])
 
     def _fresh(self, seed: int) -> tuple[State, Any]:
         """State of all sessions and of the codec before the first frame."""
@@ -267,7 +285,13 @@ class Engine:
         idle = self._idle(self.sampler.chunk)
         actions = None if idle is None else jnp.asarray(idle)
         state = self.sampler.init(self._model, session_keys(seed, self.rows), actions=actions)
-        return state, self.codec.init_state(self.rows)
+        return state, self.codec.init_state(self.rows, *self.sampler.latent[:2])
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Pixel height and width."""
+        height, width = (size * self.codec.config.patch for size in self.sampler.latent[:2])
+        return height, width
 
     def _idle(self, frames: int) -> np.ndarray | None:
         """No action, for `frames` frames of every session."""

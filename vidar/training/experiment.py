@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vidar.attention.kernels import check_backend
@@ -21,12 +20,12 @@ from vidar.data.pipeline import DataConfig, make_dataset
 from vidar.errors import ConfigError
 from vidar.evaluation.metrics import psnr
 from vidar.evaluation.sheets import contact_sheet
+from vidar.models.codecs.pixel import PixelCodec
 from vidar.models.dit import DiTConfig
 from vidar.models.flops import PATTERNS, shape_of, training_flops
-from vidar.models.frames import Conditions, row_labels
 from vidar.models.layers import DiscreteActions
 from vidar.models.placement import logical_axes
-from vidar.sampling.noise import session_keys
+from vidar.pipeline import Pipeline
 from vidar.sharding import MeshConfig
 from vidar.system import OnData, System, SystemConfig, compose, load, system_config
 from vidar.training.config import TrainingConfig
@@ -156,53 +155,6 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     return identity
 
 
-def generate_clips(
-    system: System,
-    network: Any,
-    actions: np.ndarray | None,
-    given: np.ndarray | None,
-    frames: int,
-    *,
-    seed: int = 0,
-    rows: int = 1,
-    label: Any = None,
-) -> np.ndarray:
-    """Generates clips under actions, from noise or as the continuation of given frames, in one call.
-
-    Args:
-        system: The system.
-        network: The student.
-        actions: Actions of all frames `[b, f, ...]`, or None.
-        given: Pixels of the given frames, uint8 `[b, g, h, w, 3]`, or None.
-        frames: Frames of the clips, given ones included.
-        seed: Seed of the first clip's session; the others count on from it.
-        rows: Clips, where no frames are given.
-        label: Class of each clip `[b]`, or one for all, where the network has classes.
-
-    Returns:
-        uint8 pixels `[b, frames, h, w, 3]`.
-
-    Raises:
-        ConfigError: The frames do not fit the plan, or the class is unknown.
-    """
-    sampler = replace(system.sampler, frames=frames)
-    rows = rows if given is None else len(given)
-    labels = row_labels(label, network.config.classes, rows)
-    conditions = Conditions(
-        actions=None if actions is None else jnp.asarray(actions[:, :frames]),
-        label=None if labels is None else jnp.asarray(labels),
-    )
-    keys = session_keys(seed, rows)
-    pixels = None if given is None else jnp.asarray(given)
-    return np.asarray(_generate(sampler, system.codec, frames, network, keys, conditions, pixels))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(sampler: Any, codec: Any, frames: int, network: Any, keys: Any, conditions: Any, given: Any) -> jax.Array:
-    latents = None if given is None else codec.encode(given)
-    return codec.decode(sampler.generate(network, keys, conditions, frames, latents))
-
-
 def _flops_per_step(config: RunConfig, system: System) -> float | None:
     """Counted FLOPs of one update, where one pass over clips is all there is to it; None for rollouts."""
     if set(system.objective.roles) != {"student"} or config.visibility.kind not in PATTERNS:
@@ -225,7 +177,8 @@ def _callbacks(config: RunConfig, system: System) -> tuple[Any, Any]:
     label = batch.get("label") if config.model.classes else None
 
     def video(networks: Mapping[str, Any]) -> np.ndarray:
-        return generate_clips(system, networks["student"], actions, truth[:, : choice.given], frames, label=label)
+        pipeline = Pipeline(system, networks["student"], config.codec)
+        return pipeline.generate(frames, actions=actions, given=truth[:, : choice.given], label=label)
 
     def evaluate(step: int, networks: Mapping[str, Any], writer: MetricWriter) -> dict[str, float]:
         score = psnr(video(networks)[:, choice.given :], truth[:, choice.given :])
@@ -298,7 +251,7 @@ def _numeric(config: RunConfig, batch: Mapping[str, Any]) -> dict[str, np.ndarra
 
 
 def _check_data(config: RunConfig) -> None:
-    pixel_frames = config.video.frames * config.codec.frames_per_latent
+    pixel_frames = config.codec.pixel_frames(config.video.frames)
     if config.data.frames != pixel_frames:
         raise ConfigError(
             f"data.frames={config.data.frames}, but video.frames={config.video.frames} needs {pixel_frames}"
@@ -314,6 +267,11 @@ def _check_evaluation(config: RunConfig) -> None:
     frames = choice.frames or video.frames
     if not _evaluates(config):
         return
+    if not isinstance(config.codec, PixelCodec):
+        raise ConfigError(
+            f"evaluation while training needs a codec without weights, not {config.codec.kind}: set "
+            "training.eval_every=0 and training.sample_every=0"
+        )
     if choice.given >= frames:
         raise ConfigError(f"evaluation.given={choice.given} leaves none of {frames} frames to generate")
     head = int(video.independent_first_frame)

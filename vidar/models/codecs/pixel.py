@@ -1,7 +1,4 @@
-"""The pixel codec: space-to-depth, exact and without parameters.
-
-A codec gives `encode` and `decode` for clips, and `init_state`, `decode_chunk` for streams.
-"""
+"""The pixel codec: space-to-depth, exact and without parameters."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vidar.errors import ConfigError, check_range
+from vidar.errors import check_range
+from vidar.models.codecs.geometry import Geometry
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
-class PixelCodec:
+class PixelCodec(Geometry):
     """Cuts frames into square patches; latents are pixels in [-1, 1], centred and scaled.
 
     Attributes:
@@ -24,8 +23,8 @@ class PixelCodec:
     """
 
     kind: ClassVar[str] = "pixel"
-    frames_per_latent: ClassVar[int] = 1
-    patch: int = 4
+    frames_per_latent: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleMethodOverride]
+    patch: int = 4  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: float = 0.0
     deviation: float = 1.0
 
@@ -39,11 +38,10 @@ class PixelCodec:
         """Latent channels."""
         return 3 * self.patch**2
 
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Latent height and width of a frame of `height` × `width` pixels."""
-        if min(height, width) < 1 or height % self.patch or width % self.patch:
-            raise ConfigError(f"frames of {height}×{width} pixels do not divide into patches of {self.patch}")
-        return height // self.patch, width // self.patch
+    @property
+    def config(self) -> "PixelCodec":
+        """Itself."""
+        return self
 
     def encode(self, pixels_bfhwc: jax.Array) -> jax.Array:
         """Encodes uint8 pixels `[b, f, h, w, 3]` to fp32 latents `[b, f, h / patch, w / patch, channels]`."""
@@ -56,8 +54,8 @@ class PixelCodec:
         pixels = jnp.clip(jnp.round((scaled + 1.0) * 127.5), 0.0, 255.0).astype(jnp.uint8)
         return rearrange(pixels, "b f h w (p q c) -> b f (h p) (w q) c", p=self.patch, q=self.patch)
 
-    def init_state(self, rows: int) -> Any:
-        """Streaming state of `rows` sessions: none."""
+    def init_state(self, rows: int, height: int, width: int) -> Any:
+        """Streaming state of `rows` sessions whose latents are `height` × `width`: none."""
         return ()
 
     def decode_chunk(self, state: Any, latents_bfhwc: jax.Array) -> tuple[Any, jax.Array, jax.Array]:

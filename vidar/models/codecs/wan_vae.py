@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from vidar.errors import ConfigError, check_range
+from vidar.models.codecs.geometry import Geometry
 from vidar.models.layers import Precision
 
 # Statistics of the latents (Wan 2.1).
@@ -28,7 +29,7 @@ State = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
-class WanVAEConfig:
+class WanVAEConfig(Geometry):
     """Shape of the VAE.
 
     Attributes:
@@ -75,12 +76,6 @@ class WanVAEConfig:
     def frames_per_latent(self) -> int:
         """Pixel frames of a latent frame but the first, which is one."""
         return 2 ** sum(self.temporal)
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Latent height and width of a frame of `height` × `width` pixels."""
-        if min(height, width) < 1 or height % self.patch or width % self.patch:
-            raise ConfigError(f"frames of {height}×{width} pixels are not whole multiples of {self.patch}")
-        return height // self.patch, width // self.patch
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
@@ -355,16 +350,22 @@ class WanVAE(nnx.Module):
         self.from_latent = Conv(channels, channels, (1, 1, 1), rngs=rngs, dtype=dtype)
         self.decoder = Decoder(config, rngs=rngs)
 
-    @property
-    def patch(self) -> int:
-        """Pixels of a latent's side."""
-        return self.config.patch
-
     def encode(self, pixels_bfhwc: jax.Array) -> jax.Array:
         """Encodes whole clips, a latent frame at a time.
 
         Args:
             pixels_bfhwc: uint8 `[b, 1 + 4 n, h, w, 3]`.
+
+        Returns:
+            As `encode_floats`.
+        """
+        return self.encode_floats(pixels_bfhwc.astype(jnp.float32) / 127.5 - 1.0)
+
+    def encode_floats(self, frames_bfhwc: jax.Array) -> jax.Array:
+        """As `encode`, of frames in [-1, 1].
+
+        Args:
+            frames_bfhwc: fp32 `[b, 1 + 4 n, h, w, 3]`.
 
         Returns:
             fp32 latents `[b, 1 + n, h / 8, w / 8, c]`, of mean 0 and deviation 1.
@@ -373,11 +374,9 @@ class WanVAE(nnx.Module):
             ConfigError: The clip's length or size does not fit.
         """
         step = self.config.frames_per_latent
-        if (pixels_bfhwc.shape[1] - 1) % step:
-            raise ConfigError(f"clips of {pixels_bfhwc.shape[1]} frames are not 1 + {step} n frames")
-        self.config.latent_size(*pixels_bfhwc.shape[2:4])
-        scaled = pixels_bfhwc.astype(jnp.float32) / 127.5 - 1.0
-        padded = jnp.pad(scaled, ((0, 0), (step - 1, 0), (0, 0), (0, 0), (0, 0)))
+        self.config.latent_frames(frames_bfhwc.shape[1])
+        self.config.latent_size(*frames_bfhwc.shape[2:4])
+        padded = jnp.pad(frames_bfhwc, ((0, 0), (step - 1, 0), (0, 0), (0, 0), (0, 0)))
         rows, compute = padded.shape[0], self.config.precision.compute
 
         def chunk(state: State | None, part: jax.Array, first: bool) -> tuple[State, jax.Array]:

@@ -1,0 +1,394 @@
+"""From a prompt, an image, actions or a class to pixels: a network with all that stands around it.
+
+Loads vidar's own models and those that others publish, in one form. This room must not know training, command lines or
+how videos are shown.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vidar.attention.cache import ContextConfig
+from vidar.attention.visibility import Bidirectional, ChunkCausal
+from vidar.errors import CheckpointError, ConfigError
+from vidar.interop.folders import Folder
+from vidar.interop.networks import read_settings, recognise
+from vidar.interop.sources import TORCH_SUFFIXES, open_tensors
+from vidar.interop.tables import Progress
+from vidar.models.frames import Conditions, row_labels
+from vidar.models.layers import Precision
+from vidar.objectives.diffusion import Diffusion
+from vidar.preparation.embeddings import TextEncoder
+from vidar.preparation.tokenizer import Tokenizer
+from vidar.sampling.guidance import classifier_free
+from vidar.sampling.noise import session_keys
+from vidar.sampling.rollout import Sampler
+from vidar.sampling.solvers import DPMPlusPlus, Euler, FewStep, Solver, UniPC
+from vidar.system import PlanConfig, System, SystemConfig, VideoConfig, compose, load
+from vidar.weights import SUFFIX
+
+SOLVERS = {kind.kind: kind for kind in (UniPC, DPMPlusPlus, Euler)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a family of published models is sampled.
+
+    Attributes:
+        solver: Solver and its grid.
+        chunk: Latent frames a chunk; None for models that see the whole clip at once.
+        guidance: Scale of guidance by text; 1 for none.
+    """
+
+    solver: Solver
+    chunk: int | None = None
+    guidance: float = 1.0
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "wan": Recipe(UniPC(50, 5.0), guidance=5.0),
+    "self_forcing": Recipe(FewStep(), chunk=3),
+    "causvid": Recipe(FewStep((1000.0, 757.0, 522.0), 1.0), chunk=3),
+}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How a published model is loaded and sampled.
+
+    Attributes:
+        recipe: One of `RECIPES`; None for `self_forcing` where `weights` is a PyTorch file, and `wan` elsewhere.
+        weights: Weights of the transformer in place of the folder's own, such as a student's.
+        part: Which network of a PyTorch file; see `open_tensors`.
+        adapter: LoRA adapter that is merged in.
+        decoder: Weights of TAEHV, which then decodes in place of the VAE.
+        height: Pixel height.
+        width: Pixel width.
+        frames: Pixel frames.
+        chunk: Latent frames a chunk, for causal models.
+        solver: `unipc`, `dpm++` or `euler`.
+        steps: Solver steps.
+        shift: Time shift.
+        guidance: Scale of guidance by text.
+        window: Latent frames that a chunk may see; None for the whole clip.
+        sink: First latent frames that stay in view.
+        precision: Types of the transformer and of the encoders of text and image.
+        codec_precision: Types of the codec.
+        text_encoder_on_cpu: Whether the text encoder stays in host memory and runs there.
+    """
+
+    recipe: str | None = None
+    weights: str | Path | None = None
+    part: str | None = None
+    adapter: str | Path | None = None
+    decoder: str | Path | None = None
+    height: int = 480
+    width: int = 832
+    frames: int = 81
+    chunk: int | None = None
+    solver: str | None = None
+    steps: int | None = None
+    shift: float | None = None
+    guidance: float | None = None
+    window: int | None = None
+    sink: int = 0
+    precision: Precision = Precision("bfloat16", "bfloat16")
+    codec_precision: Precision = Precision("float32", "float32")
+    text_encoder_on_cpu: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("recipe", RECIPES), ("solver", SOLVERS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ConfigError(f"{name}={value!r} is unknown: use one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model that is ready to generate.
+
+    Attributes:
+        system: The system that it belongs to.
+        model: The network.
+        codec: Latents to pixels and back.
+        text: Prompts to text states, where the network takes text.
+        image: Encoder of the image that conditions the video, where the network takes one.
+    """
+
+    system: System
+    model: Any
+    codec: Any
+    text: TextEncoder | None = None
+    image: Any = None
+
+    def generate(
+        self,
+        frames: int | None = None,
+        *,
+        rows: int = 1,
+        prompts: Sequence[str] | None = None,
+        negative: str = "",
+        image: np.ndarray | None = None,
+        given: np.ndarray | None = None,
+        actions: np.ndarray | None = None,
+        label: Any = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Generates clips: from noise, from an image, or as the continuation of given frames.
+
+        Args:
+            frames: Pixel frames of the clips, given ones included; None for the model's own.
+            rows: Clips, where neither prompts nor frames say how many.
+            prompts: What each clip shows, where the network takes text.
+            negative: What none of them shows, where text guides.
+            image: What each clip begins with, uint8 `[b, h, w, 3]` of any size, for image-to-video networks; others
+                are `given` it.
+            given: Pixels of the first frames, uint8 `[b, g, h, w, 3]` of the model's size.
+            actions: Actions of all latent frames `[b, f, ...]`, or None.
+            label: Class of each clip `[b]`, or one for all, where the network has classes.
+            seed: Seed of the first clip's session; the others count on from it.
+
+        Returns:
+            uint8 pixels `[b, frames, h, w, 3]`.
+
+        Raises:
+            ConfigError: What was given does not fit the network, its plan or each other.
+        """
+        config = self.codec.config
+        length: int = frames or config.pixel_frames(self.system.config.video.frames)
+        count = config.latent_frames(length)
+        sized = [len(value) for value in (prompts, image, given) if value is not None]
+        if len(set(sized)) > 1:
+            raise ConfigError(f"prompts, images and given frames are of {sized} clips: give as many of each")
+        rows = sized[0] if sized else rows
+        sampler = self._sampler(length, count, None if given is None else given.shape[1])
+        labels = row_labels(label, self.model.config.classes, rows)
+        conditions = Conditions(
+            **self._text(prompts, negative, sampler),
+            **self._image(image, count),
+            actions=None if actions is None else jnp.asarray(actions[:, :count]),
+            label=None if labels is None else jnp.asarray(labels),
+        )
+        latents = None if given is None else _encode(self.codec, jnp.asarray(given))
+        latents = _generate(sampler, count, self.model, session_keys(seed, rows), conditions, latents)
+        return np.asarray(_decode(self.codec, latents))
+
+    def _sampler(self, frames: int, count: int, given: int | None) -> Sampler:
+        """The system's sampler for `count` latent frames, some of them given."""
+        sampler, config = self.system.sampler, self.codec.config
+        if not sampler.program.lag:
+            return replace(sampler, frames=count)
+        first = sampler.first or (given is not None and sampler.chunk > 1 and config.latent_frames(given) == 1)
+        head = int(first)
+        if (count - head) % sampler.chunk or count <= head:
+            fits = head + sampler.chunk * max(1, round((count - head) / sampler.chunk))
+            raise ConfigError(
+                f"{frames} frames are {count} latent ones, which are not whole chunks of {sampler.chunk}"
+                f"{' after the first image' if head else ''}; {config.pixel_frames(fits)} frames would be"
+            )
+        sampler.context.check(sampler.chunk, first)
+        return replace(sampler, frames=count, first=first)
+
+    def _text(self, prompts: Sequence[str] | None, negative: str, sampler: Sampler) -> dict[str, Any]:
+        if self.model.config.text is None:
+            if prompts is not None:
+                raise ConfigError("prompts were given, but the network takes no text")
+            return {}
+        if prompts is None:
+            raise ConfigError("the network makes videos of a text: give a prompt (--prompt)")
+        if self.text is None:
+            raise ConfigError("the model came without a text encoder or its tokenizer, so prompts cannot be read")
+        guided = len(sampler.guidance) > 1
+        if negative and not guided:
+            raise ConfigError("a negative prompt acts through guidance, of which this model has none: leave it out")
+        states = jnp.asarray(self.text([*prompts, negative] if guided else list(prompts)))
+        if not guided:
+            return {"text": states}
+        return {"text": states[:-1], "negative": jnp.broadcast_to(states[-1:], states[:-1].shape)}
+
+    def _image(self, image: np.ndarray | None, count: int) -> dict[str, Any]:
+        """Features of the image, and the latents that each frame is given: Wan's image-to-video."""
+        if self.model.config.image is None:
+            if image is not None:
+                raise ConfigError("an image was given, but the network takes none: give it as the first frame")
+            return {}
+        if image is None:
+            raise ConfigError("the network makes videos from an image: give one (--first)")
+        if self.image is None:
+            raise ConfigError("the model came without an image encoder, so images cannot be read")
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+            raise ConfigError(f"images must be uint8 pixels [b, h, w, 3], got {array.dtype} {list(array.shape)}")
+        video = self.system.config.video
+        first = np.stack([fitted(one, video.height, video.width) for one in array])
+        latents = _image_latents(self.codec, jnp.asarray(first), self.codec.config.pixel_frames(count))
+        return {"image": _features(self.image, jnp.asarray(array)), "latents": latents}
+
+
+def load_pipeline(source: str | Path, choices: Choices = Choices(), progress: Progress = iter) -> Pipeline:
+    """Loads a model: a run or weights of vidar's own, or the folder of a published model.
+
+    Args:
+        source: Directory of a run, a `.safetensors` file of vidar's, or a folder in the layout of Wan or of diffusers.
+        choices: How a published model is loaded and sampled.
+        progress: Wraps lists of tensors that are read, such as `tqdm`.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        CheckpointError: There is no model, or it is damaged.
+        ConfigError: The choices do not fit it.
+    """
+    source = Path(source)
+    if source.suffix == SUFFIX or (source / "checkpoints").is_dir():
+        if choices != Choices():
+            raise ConfigError(f"{source}: is a model of vidar's own, whose choices are made: give none")
+        system, model = load(source)
+        return Pipeline(system, model, system.config.codec)
+    return _published(Folder.find(source), choices, progress)
+
+
+def fitted(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cuts the middle of an image to a shape and resizes it (bicubic).
+
+    Args:
+        image: uint8 `[h, w, 3]`.
+        height: Wanted height.
+        width: Wanted width.
+
+    Returns:
+        uint8 `[height, width, 3]`.
+    """
+    from PIL import Image
+
+    if image.shape[:2] == (height, width):
+        return image
+    scale = max(height / image.shape[0], width / image.shape[1])
+    rows, columns = height / scale, width / scale
+    top, left = (image.shape[0] - rows) / 2, (image.shape[1] - columns) / 2
+    box = (left, top, left + columns, top + rows)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+# --------------------------------------------------------------------------------------------------- published models
+
+
+def _published(folder: Folder, choices: Choices, progress: Progress) -> Pipeline:
+    if folder.vae is None and choices.decoder is None:
+        raise CheckpointError(f"{folder.transformer.parent}: has no VAE; add it, or name a tiny one (decoder)")
+    codec = _network("vae", folder.vae, choices.codec_precision, progress) if folder.vae is not None else None
+    if choices.decoder is not None:
+        codec = _network("tiny_vae", Path(choices.decoder), choices.codec_precision, progress)
+    path = folder.transformer if choices.weights is None else Path(choices.weights)
+    tensors = open_tensors(path, choices.part)
+    if choices.adapter is not None:
+        from vidar.interop.lora import merged
+
+        tensors = merged(tensors, open_tensors(choices.adapter))
+    found = recognise(tensors, read_settings(folder.transformer), choices.precision)
+    if found.kind != "transformer":
+        raise CheckpointError(f"{path}: holds a {found.kind}, a transformer is wanted here")
+    system = compose(_system(found.config, codec.config, choices, path))
+    image = None
+    if found.config.image is not None and folder.image_encoder is not None:
+        image = _network("image_encoder", folder.image_encoder, choices.precision, progress)
+    return Pipeline(system, found.load(progress), codec, _text_encoder(folder, choices, found.config, progress), image)
+
+
+def _network(kind: str, path: Path, precision: Precision, progress: Progress) -> Any:
+    found = recognise(open_tensors(path), read_settings(path), precision)
+    if found.kind != kind:
+        raise CheckpointError(f"{path}: holds a {found.kind}, a {kind} is wanted here")
+    return found.load(progress)
+
+
+def _text_encoder(folder: Folder, choices: Choices, config: Any, progress: Progress) -> TextEncoder | None:
+    if config.text is None or folder.text_encoder is None or folder.tokenizer is None:
+        return None
+    tokenizer = Tokenizer(folder.tokenizer)
+    place = jax.default_device(jax.devices("cpu")[0]) if choices.text_encoder_on_cpu else nullcontext()
+    with place:
+        network = _network("text_encoder", folder.text_encoder, choices.precision, progress)
+    if choices.text_encoder_on_cpu:
+        network = jax.device_put(network, jax.devices("cpu")[0])  # and there it is run
+    if network.config.width != config.text.width:
+        raise CheckpointError(
+            f"{folder.text_encoder}: gives text states of {network.config.width} channels, the transformer takes "
+            f"{config.text.width}"
+        )
+    return TextEncoder(network, tokenizer, config.text.length)
+
+
+def _system(model: Any, codec: Any, choices: Choices, path: Path) -> SystemConfig:
+    """The system of a published transformer, by its recipe."""
+    student = choices.weights is not None and path.suffix in TORCH_SUFFIXES
+    recipe = RECIPES[choices.recipe or ("self_forcing" if student else "wan")]
+    chunk = recipe.chunk if choices.chunk is None else choices.chunk
+    if recipe.chunk is None and (choices.chunk or choices.window or choices.sink):
+        raise ConfigError("chunk, window and sink are for causal models: choose a recipe such as self_forcing")
+    if model.image is not None and recipe.chunk is not None:
+        raise ConfigError(f"{path}: takes an image beside all frames at once, so it cannot be causal: use recipe wan")
+    frames = codec.latent_frames(choices.frames)
+    scale = recipe.guidance if choices.guidance is None else choices.guidance
+    return SystemConfig(
+        objective=Diffusion(),
+        video=VideoConfig(choices.height, choices.width, frames - frames % (chunk or 1), chunk or 1),
+        codec=codec,
+        model=model,
+        visibility=ChunkCausal() if chunk else Bidirectional(),
+        solver=_solver(recipe.solver, choices),
+        plan=PlanConfig(lag=None if chunk else 0),
+        context=ContextConfig(choices.window, choices.sink),
+        guidance=classifier_free(scale, ("text",)),
+    )
+
+
+def _solver(solver: Solver, choices: Choices) -> Solver:
+    if choices.solver is not None:
+        solver = SOLVERS[choices.solver](shift=solver.shift)
+    changes = {name: getattr(choices, name) for name in ("steps", "shift") if getattr(choices, name) is not None}
+    if "steps" in changes and isinstance(solver, FewStep):
+        raise ConfigError(f"steps={choices.steps}: the recipe has its {solver.steps} steps, which were trained")
+    return replace(solver, **changes)
+
+
+# --------------------------------------------------------------------------------------------------------- executables
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _generate(sampler: Sampler, frames: int, model: Any, keys: Any, conditions: Conditions, given: Any) -> jax.Array:
+    return sampler.generate(model, keys, conditions, frames, given)
+
+
+@jax.jit
+def _encode(codec: Any, pixels: jax.Array) -> jax.Array:
+    return codec.encode(pixels)
+
+
+@jax.jit
+def _decode(codec: Any, latents: jax.Array) -> jax.Array:
+    return codec.decode(latents)
+
+
+@jax.jit
+def _features(encoder: Any, image: jax.Array) -> jax.Array:
+    return encoder(image)
+
+
+@partial(jax.jit, static_argnums=2)
+def _image_latents(codec: Any, first: jax.Array, frames: int) -> jax.Array:
+    """A mask of what is known and the latents of the image before grey frames, `[b, f, h, w, 4 + c]`."""
+    scaled = first.astype(jnp.float32)[:, None] / 127.5 - 1.0
+    latents = codec.encode_floats(jnp.pad(scaled, ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0))))
+    known = jnp.arange(latents.shape[1], dtype=jnp.int32) == 0
+    step = codec.config.frames_per_latent
+    mask = jnp.broadcast_to(known.astype(jnp.float32)[None, :, None, None, None], (*latents.shape[:4], step))
+    return jnp.concatenate([mask, latents], axis=-1)
