@@ -19,6 +19,7 @@ from vidar.attention.cache import ContextConfig
 from vidar.attention.visibility import Bidirectional, ChunkCausal
 from vidar.errors import CheckpointError, ConfigError
 from vidar.interop.folders import Folder
+from vidar.interop.lora import merged_into, open_adapter
 from vidar.interop.networks import read_settings, recognise
 from vidar.interop.sources import TORCH_SUFFIXES, open_tensors
 from vidar.interop.tables import Progress
@@ -68,6 +69,7 @@ class Choices:
         weights: Weights of the transformer in place of the folder's own, such as a student's.
         part: Which network of a PyTorch file; see `open_tensors`.
         adapter: LoRA adapter that is merged in.
+        adapter_scale: Its strength, times its own alpha / rank.
         decoder: Weights of TAEHV, which then decodes in place of the VAE.
         height: Pixel height.
         width: Pixel width.
@@ -88,6 +90,7 @@ class Choices:
     weights: str | Path | None = None
     part: str | None = None
     adapter: str | Path | None = None
+    adapter_scale: float = 1.0
     decoder: str | Path | None = None
     height: int = 480
     width: int = 832
@@ -289,18 +292,24 @@ def _published(folder: Folder, choices: Choices, progress: Progress) -> Pipeline
         codec = _network("tiny_vae", Path(choices.decoder), choices.codec_precision, progress)
     path = folder.transformer if choices.weights is None else Path(choices.weights)
     tensors = open_tensors(path, choices.part)
-    if choices.adapter is not None:
-        from vidar.interop.lora import merged
-
-        tensors = merged(tensors, open_tensors(choices.adapter))
     found = recognise(tensors, read_settings(folder.transformer), choices.precision)
     if found.kind != "transformer":
         raise CheckpointError(f"{path}: holds a {found.kind}, a transformer is wanted here")
+    if choices.adapter is not None:
+        found = merged_into(found, open_adapter(choices.adapter), choices.adapter_scale)
     system = compose(_system(found.config, codec.config, choices, path))
     image = None
     if found.config.image is not None and folder.image_encoder is not None:
         image = _network("image_encoder", folder.image_encoder, choices.precision, progress)
-    return Pipeline(system, found.load(progress), codec, _text_encoder(folder, choices, found.config, progress), image)
+    text = None
+    if folder.text_encoder is not None and folder.tokenizer is not None:
+        text = load_text_encoder(folder, choices, progress)
+        if text.network.config.width != found.config.text.width:
+            raise CheckpointError(
+                f"{folder.text_encoder}: gives text states of {text.network.config.width} channels, the transformer "
+                f"takes {found.config.text.width}"
+            )
+    return Pipeline(system, found.load(progress), codec, text, image)
 
 
 def _network(kind: str, path: Path, precision: Precision, progress: Progress) -> Any:
@@ -310,21 +319,30 @@ def _network(kind: str, path: Path, precision: Precision, progress: Progress) ->
     return found.load(progress)
 
 
-def _text_encoder(folder: Folder, choices: Choices, config: Any, progress: Progress) -> TextEncoder | None:
-    if config.text is None or folder.text_encoder is None or folder.tokenizer is None:
-        return None
+def load_text_encoder(folder: Folder, choices: Choices = Choices(), progress: Progress = iter) -> TextEncoder:
+    """Loads the text encoder of a published model, with its tokenizer.
+
+    Args:
+        folder: Where the networks lie.
+        choices: Its types, and where it runs.
+        progress: Wraps the list of tensors that are read, such as `tqdm`.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        CheckpointError: The model lacks one, or it is damaged.
+        ConfigError: Its tokenizer is none of UMT5's.
+    """
+    if folder.text_encoder is None or folder.tokenizer is None:
+        raise CheckpointError(f"{folder.transformer.parent}: has no text encoder, or no tokenizer for it")
     tokenizer = Tokenizer(folder.tokenizer)
     place = jax.default_device(jax.devices("cpu")[0]) if choices.text_encoder_on_cpu else nullcontext()
     with place:
         network = _network("text_encoder", folder.text_encoder, choices.precision, progress)
     if choices.text_encoder_on_cpu:
         network = jax.device_put(network, jax.devices("cpu")[0])  # and there it is run
-    if network.config.width != config.text.width:
-        raise CheckpointError(
-            f"{folder.text_encoder}: gives text states of {network.config.width} channels, the transformer takes "
-            f"{config.text.width}"
-        )
-    return TextEncoder(network, tokenizer, config.text.length)
+    return TextEncoder(network, tokenizer)
 
 
 def _system(model: Any, codec: Any, choices: Choices, path: Path) -> SystemConfig:

@@ -65,6 +65,7 @@ class Rules:
         layers: Stacked blocks.
         keys: Keys and values of a cache.
         attended: Heads inside attention and of the caches, where `sequence` holds heads instead of tokens.
+        rows: Rows of a codec's frames.
     """
 
     batch: MeshAxes = ("data", "fsdp")
@@ -76,6 +77,7 @@ class Rules:
     layers: MeshAxes = None
     keys: MeshAxes = None
     attended: MeshAxes = ("tensor", "sequence")
+    rows: MeshAxes = "sequence"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -202,6 +204,16 @@ def constrain(x: jax.Array, *logical_axes: str | None, rules: Rules = Rules()) -
     if AxisType.Explicit in kinds.values():
         return jax.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain_divisible(x: jax.Array, *logical_axes: str | None, rules: Rules = Rules()) -> jax.Array:
+    """As `constrain`, but dimensions that their mesh axes do not divide are left whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    counts = [math.prod(mesh.shape[axis] for axis in _flat(entry)) for entry in rules.spec(logical_axes)]
+    names = [None if size % count else name for size, count, name in zip(x.shape, counts, logical_axes, strict=True)]
+    return constrain(x, *names, rules=rules)
 
 
 def shardings(

@@ -72,3 +72,48 @@ def test_tokens_and_rows_that_do_not_divide_are_refused():
         forward(abstract_mesh(sequence=16))
     with pytest.raises(ConfigError, match=r"batch of size 3 does not split over 4 shards"):
         forward(abstract_mesh(data=2, fsdp=2), rows=3)
+
+
+def test_codec_and_text_encoder_on_a_mesh_give_what_one_device_gives(run_python):
+    """The decoder's frames are split by rows, and with them its memory; the text encoder's weights by heads and mlp."""
+    code = """
+        import json
+        import jax, jax.numpy as jnp, numpy as np
+        from tests.interop.test_wan import TEXT, loaded
+        from tests.models.test_wan_vae import network
+        from vidar.models.placement import logical_axes
+        from vidar.sharding import MeshConfig, make_mesh, shardings
+
+        rng = np.random.default_rng(0)
+        codec, latents = network(), jnp.asarray(rng.normal(size=(1, 3, 16, 6, 4)), jnp.float32)
+        text, tokens = loaded(TEXT), jnp.asarray(rng.integers(0, 50, (2, 24)), jnp.int32)
+        lengths = jnp.asarray([24, 7], jnp.int32)
+
+        def decode(codec, latents):
+            return codec.decode_floats(latents)
+
+        def encode(codec, latents):
+            return codec.encode_floats(codec.decode_floats(latents))
+
+        def states(text, tokens):
+            return text(tokens, lengths)
+
+        def run(mesh):
+            with jax.set_mesh(mesh):
+                sharded = jax.device_put(text, shardings(text, logical_axes, mesh))
+                arguments = {decode: (codec, latents), encode: (codec, latents), states: (sharded, tokens)}
+                compiled = {f: jax.jit(f).lower(*values).compile() for f, values in arguments.items()}
+                outputs = [np.asarray(compiled[f](*values)) for f, values in arguments.items()]
+                gate = sharded.blocks.gate.kernel[...]
+                share = gate.addressable_shards[0].data.size / gate.size
+                return outputs, compiled[decode].memory_analysis().temp_size_in_bytes, share
+
+        one, memory, _ = run(make_mesh(MeshConfig(), jax.devices()[:1]))
+        many, part, share = run(make_mesh(MeshConfig(sequence=4, tensor=2)))
+        errors = [float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(one, many)]
+        print(json.dumps([errors, part / memory, share]))
+    """
+    errors, memory, share = json.loads(run_python(code, devices=8).splitlines()[-1])
+    assert max(errors) < 1e-5
+    assert memory < 0.5
+    assert share == 1 / 8

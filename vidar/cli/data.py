@@ -1,4 +1,4 @@
-"""`vidar data`: makes the procedural world's data set, or records ViZDoom."""
+"""`vidar data`: makes the procedural world's data set, records ViZDoom, or prepares text."""
 
 import argparse
 from pathlib import Path
@@ -23,6 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     doom.add_argument("--encoding", choices=("raw", "h264"), default="raw")
     doom.add_argument("--seed", type=int, default=0)
     doom.set_defaults(run=_doom)
+    text = kinds.add_parser("embeddings", help="text states of prompts, computed once for training; resumable")
+    text.add_argument("--model", required=True, help="folder or hub id of a published model with a text encoder")
+    text.add_argument("--prompts", type=Path, help="file with a prompt on each line")
+    text.add_argument("--tfds", help="instead: captions of a prepared TFDS set, such as vidar_world/shapes")
+    text.add_argument("--directory", help="TFDS data directory")
+    text.add_argument("--output", type=Path, required=True, help="directory that receives them")
+    text.add_argument("--rows", type=int, default=8, help="prompts encoded at once")
+    text.add_argument("--text-encoder-on-cpu", action="store_true", help="keep the text encoder in host memory")
+    text.set_defaults(run=_embeddings)
 
 
 def _world(options: argparse.Namespace) -> int:
@@ -55,4 +64,35 @@ def _doom(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     print(f"{options.output}: ready; train on it with data.records='{options.output}'")
+    return 0
+
+
+def _embeddings(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from vidar.cli.scripts import prompt_lines
+    from vidar.data.sources import captions
+    from vidar.errors import ConfigError
+    from vidar.interop.folders import Folder
+    from vidar.interop.hub import local_folder
+    from vidar.pipeline import Choices, load_text_encoder
+    from vidar.preparation.embeddings import EmbeddingCache
+
+    if (options.prompts is None) == (options.tfds is None):
+        raise ConfigError("give --prompts or --tfds, one of them")
+    prompts = captions(options.tfds, options.directory) if options.tfds else prompt_lines(options.prompts)
+    folder = Folder.find(local_folder(options.model))
+    choices = Choices(text_encoder_on_cpu=options.text_encoder_on_cpu)
+    encoder = replace(
+        load_text_encoder(folder, choices, lambda work: tqdm(work, unit="tensor", delay=1, leave=False)),
+        rows=options.rows,
+    )
+    cache = EmbeddingCache(options.output, encoder, encoder.identity)
+    cache.prepare(prompts, lambda work: tqdm(work, unit="shard"))
+    print(
+        f"{options.output}: text states of {len(cache.embeddings)} prompts; train on them with "
+        f"embeddings='{options.output}'"
+    )
     return 0

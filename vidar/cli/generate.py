@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--weights", type=Path, help="transformer in place of the folder's, such as a student's .pt")
     how.add_argument("--part", help="network of a PyTorch file, such as generator_ema")
     how.add_argument("--lora", type=Path, help="adapter that is merged in")
+    how.add_argument("--lora-scale", type=float, help="its strength (default: 1), times the alpha / rank that it holds")
     how.add_argument("--decoder", type=Path, help="weights of TAEHV, to decode in place of the VAE")
     how.add_argument("--size", help="HEIGHTxWIDTH in pixels (default: 480x832)")
     how.add_argument("--chunk", type=int, help="latent frames a chunk, for causal models")
@@ -65,7 +66,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"{options.output}: holds all of these videos already")
         return 0
     enable_compilation_cache()
-    pipeline = load_pipeline(local_folder(options.model), _choices(options), lambda work: tqdm(work, unit="tensor"))
+    pipeline = load_pipeline(
+        local_folder(options.model), _choices(options), lambda work: tqdm(work, unit="tensor", delay=1, leave=False)
+    )
     for prompt, path in tqdm(work, unit="video", disable=len(work) == 1):
         _write(options, pipeline, prompt, path)
     return 0
@@ -73,7 +76,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _work(options: argparse.Namespace) -> list[tuple[str | None, Path]]:
     """Prompts and the videos to make of them, without those that exist."""
-    from vidar.errors import ConfigError, DataError
+    from vidar.cli.scripts import prompt_lines
+    from vidar.errors import ConfigError
 
     if options.prompts is None:
         return [(options.prompt, options.output)]
@@ -81,12 +85,7 @@ def _work(options: argparse.Namespace) -> list[tuple[str | None, Path]]:
         raise ConfigError("--prompt and --prompts: give one of them")
     if options.output.suffix:
         raise ConfigError(f"--output={options.output}: several prompts need a directory")
-    try:
-        prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts={options.prompts}: cannot be read as text ({error})") from error
-    if not prompts:
-        raise DataError(f"--prompts={options.prompts}: holds no prompt")
+    prompts = prompt_lines(options.prompts)
     files = [(prompt, options.output / f"{number:04d}.mp4") for number, prompt in enumerate(prompts)]
     return [(prompt, path) for prompt, path in files if not path.exists()]
 
@@ -99,8 +98,8 @@ def _choices(options: argparse.Namespace) -> Any:
 
     names = ("recipe", "weights", "part", "decoder", "chunk", "solver", "steps", "shift", "guidance", "window", "sink")
     given: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.lora is not None:
-        given["adapter"] = options.lora
+    renamed = {"adapter": options.lora, "adapter_scale": options.lora_scale}
+    given |= {name: value for name, value in renamed.items() if value is not None}
     for name in ("precision", "codec_precision"):
         if getattr(options, name) is not None:
             given[name] = Precision(getattr(options, name), getattr(options, name))

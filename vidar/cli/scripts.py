@@ -1,4 +1,4 @@
-"""What a person gives on the command line: action scripts such as `1*8,2*4`, and first frames."""
+"""What a person gives on the command line: action scripts such as `1*8,2*4`, first frames, and prompts."""
 
 import itertools
 from collections.abc import Iterator
@@ -59,10 +59,10 @@ def action_track(kind: Actions | None, script: str | None, frames: int) -> np.nd
     Returns:
         int32 `[1, frames]`, or zeros `[1, frames, k]` for models with several buttons.
     """
+    _check_kind(kind, script)
     if kind is None:
         return None
     if not isinstance(kind, DiscreteActions):
-        _only_discrete(kind, script)
         return np.zeros((1, frames, kind.count), np.float32 if kind.kind == "continuous" else np.bool_)
     parsed = parse_script(script, kind.count) if script else [0]
     track = [parsed[(frame - 1) % len(parsed)] if frame else 0 for frame in range(frames)]
@@ -87,8 +87,7 @@ def action_ticks(
     Raises:
         ConfigError: The script has a mistake; or, when its line is read, stdin has one.
     """
-    if kind is not None and not isinstance(kind, DiscreteActions):
-        _only_discrete(kind, script)
+    _check_kind(kind, script)
     if not isinstance(kind, DiscreteActions) or script is None:
         return itertools.repeat(None) if ticks is None else itertools.repeat(None, ticks)
     if script == "-":
@@ -111,6 +110,21 @@ def _live_ticks(kind: DiscreteActions, chunk: int, ticks: int | None, stdin: Tex
         if "," in word or "*" in word:
             raise ConfigError(f"--actions: line {word!r}: write one action number a line, 0 to {kind.count - 1}")
         yield np.full((1, chunk), parse_script(word, kind.count)[0], np.int32)
+
+
+def prompt_lines(path: Path) -> list[str]:
+    """Reads a file with a prompt on each line; empty lines are left out.
+
+    Raises:
+        DataError: It cannot be read, or holds none.
+    """
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error}); give a prompt on each line") from error
+    if not any(prompts):
+        raise DataError(f"{path}: holds no prompt; give one on each line")
+    return [prompt for prompt in prompts if prompt]
 
 
 def given_frames(path: Path, count: int, height: int, width: int, exact: bool = True) -> np.ndarray:
@@ -149,6 +163,8 @@ def given_frames(path: Path, count: int, height: int, width: int, exact: bool = 
     return np.round(blocks.mean(axis=(2, 4))).astype(np.uint8)[None]
 
 
-def _only_discrete(kind: Any, script: str | None) -> None:
-    if script is not None:
+def _check_kind(kind: Actions | None, script: str | None) -> None:
+    if script is not None and kind is None:
+        raise ConfigError("--actions: this model takes no actions; leave it out")
+    if script is not None and not isinstance(kind, DiscreteActions):
         raise ConfigError(f"--actions: this model takes {kind.kind} actions, which a script cannot write; leave it out")

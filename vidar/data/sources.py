@@ -112,13 +112,7 @@ class TfdsClips(ClipSource):
     """
 
     def __init__(self, name: str, directory: str | None, split: str, frames: int, cache_bytes: int):
-        from tensorflow_datasets.core import read_only_builder, registered
-
-        try:
-            builder = read_only_builder.builder_from_files(name, data_dir=directory)
-        except registered.DatasetNotFoundError as error:
-            place = directory or "the default TFDS directory"
-            raise DataError(f"{name}: no prepared data set of that name in {place}; prepare it first") from error
+        builder = _builder(name, directory)
         self._where = str(builder.data_dir)
         _check_files(builder.info.splits, self._where)
         try:
@@ -170,6 +164,40 @@ class TfdsClips(ClipSource):
         except (RuntimeError, IndexError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{self._where}: example {index} is damaged ({reason}); prepare the set again") from error
+
+
+def captions(name: str, directory: str | None) -> list[str]:
+    """The captions of a prepared TFDS set, each distinct one once, over all splits.
+
+    Args:
+        name: `name`, `name/config` or `name/config:version`.
+        directory: TFDS data directory; None is TFDS's own default.
+
+    Returns:
+        The captions, in the order of their first examples.
+
+    Raises:
+        DataError: No such set, or its examples have no captions.
+    """
+    builder = _builder(name, directory)
+    found: dict[str, None] = {}
+    for split in builder.info.splits:
+        for example in builder.as_data_source(split):
+            feature = _feature(example, "caption", "text")
+            if feature is None:
+                raise DataError(f"{builder.data_dir}: its examples have no captions; they have {', '.join(example)}")
+            found[example[feature].decode()] = None
+    return list(found)
+
+
+def _builder(name: str, directory: str | None) -> Any:
+    from tensorflow_datasets.core import read_only_builder, registered
+
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=directory)
+    except registered.DatasetNotFoundError as error:
+        place = directory or "the default TFDS directory"
+        raise DataError(f"{name}: no prepared data set of that name in {place}; prepare it first") from error
 
 
 class _Memory:

@@ -5,6 +5,7 @@ what the names mean is decided elsewhere.
 """
 
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 from vidar.errors import CheckpointError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# In the header of safetensors files of vidar's: a JSON object of the tensors' CRC-32, eight hexadecimal digits each.
+CHECKSUMS = "crc32"
 INDEX_SUFFIX = ".safetensors.index.json"
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -61,7 +64,7 @@ def open_tensors(path: str | Path, part: str | None = None) -> Tensors:
         path: A `.safetensors` file, an index of several, a PyTorch file (`.pt`, `.pth`, `.bin`, `.ckpt`), or a
             directory that holds one of them.
         part: Which of several networks in a PyTorch file, such as `generator_ema`; None takes the first of
-            `generator`, `model`, or the file as a whole, as Self Forcing does.
+            `generator`, `model` (as Self Forcing does), `generator_ema`, or the file as a whole.
 
     Returns:
         Tensors by name, without the prefixes of wrappers.
@@ -136,17 +139,23 @@ def _only_checkpoint(directory: Path) -> Path:
 def _safetensors(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
-    def stored(file: Any, name: str) -> Stored:
+    def read(file: Any, name: str, checksum: str | None) -> np.ndarray:
+        array = file.get_tensor(name)
+        if checksum is not None and f"{zlib.crc32(array.reshape(-1).view(np.uint8).data):08x}" != checksum:
+            raise CheckpointError(f"{path}: {name} does not have its checksum; download or convert it again")
+        return array
+
+    def stored(file: Any, name: str, checksum: str | None) -> Stored:
         part = file.get_slice(name)
         if part.get_dtype() not in DTYPES:
             raise CheckpointError(f"{path}: {name} has type {part.get_dtype()}, which is unknown here")
-        return Stored(tuple(part.get_shape()), DTYPES[part.get_dtype()], lambda: file.get_tensor(name))
+        return Stored(tuple(part.get_shape()), DTYPES[part.get_dtype()], lambda: read(file, name, checksum))
 
     try:
         file = safe_open(path, framework="np")
-        names = file.keys()
-        return {name: stored(file, name) for name in names}
-    except (OSError, SafetensorError) as error:
+        checksums = json.loads((file.metadata() or {}).get(CHECKSUMS, "{}"))
+        return {name: stored(file, name, checksums.get(name)) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); download it again") from error
 
 
@@ -169,7 +178,9 @@ def _sharded(path: Path) -> dict[str, Stored]:
 def _part(path: Path, content: Any, part: str | None) -> dict[str, Stored]:
     """The tensors of one network in what a PyTorch file holds."""
     if isinstance(content, dict) and part is None:
-        part = next((name for name in ("generator", "model") if isinstance(content.get(name), dict)), None)
+        part = next(
+            (name for name in ("generator", "model", "generator_ema") if isinstance(content.get(name), dict)), None
+        )
     if part is not None:
         if not isinstance(content, dict) or not isinstance(content.get(part), dict):
             known = ", ".join(str(key) for key, value in content.items() if isinstance(value, dict)) or "none"
@@ -180,5 +191,8 @@ def _part(path: Path, content: Any, part: str | None) -> dict[str, Stored]:
         if isinstance(value, Stored):
             tensors[str(name)] = value
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors by name")
+        entries = content.items() if isinstance(content, dict) and part is None else ()
+        networks = [str(key) for key, value in entries if isinstance(value, dict)]
+        hint = f"; name one of {', '.join(networks)} as the part" if networks else ""
+        raise CheckpointError(f"{path}: holds no tensors by name{hint}")
     return tensors

@@ -19,13 +19,11 @@ from typing import Any
 import numpy as np
 
 from vidar.errors import CheckpointError, ConfigError, make_directory
-from vidar.interop.sources import DTYPES, INDEX_SUFFIX, TORCH_SUFFIXES, Stored, Tensors
+from vidar.interop.sources import CHECKSUMS, DTYPES, INDEX_SUFFIX, TORCH_SUFFIXES, Stored, Tensors
 from vidar.interop.torch_file import Progress, write_torch_file
 from vidar.weights import whole_file
 
 SHARD_BYTES = 2 * 2**30
-# In the header of every safetensors file: a JSON object of the tensors' CRC-32, eight hexadecimal digits each.
-CHECKSUMS = "crc32"
 _PART = "generator_ema"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RECORD = "source.json"

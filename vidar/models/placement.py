@@ -1,4 +1,4 @@
-"""Where the DiT's parameters lie: one table from names to logical axes, and gathering them for a product.
+"""Where the parameters of transformers lie: one table from names to logical axes, and gathering them for a product.
 
 Shardings and checkpoint templates follow from the table (`vidar/sharding.py`). It knows names, not networks.
 """
@@ -25,6 +25,7 @@ _KERNELS = {
     "value": ("embed", "heads"),
     "output": ("heads", "embed"),
     "up": ("embed", "mlp"),
+    "gate": ("embed", "mlp"),
     "down": ("mlp", "embed"),
     "projection": ("embed", None),
     "head": ("embed", None),

@@ -57,6 +57,15 @@ class TextEncoder:
         check_range("rows", self.rows, least=1)
         self.tokenizer.check_vocabulary(self.network.config.vocabulary)
 
+    @property
+    def identity(self) -> str:
+        """Names it for an `EmbeddingCache`: a digest of its tokenizer and settings, and of some of every parameter."""
+        digest = hashlib.sha256(self.tokenizer.path.read_bytes())
+        digest.update(f"{self.network.config} {self.length}".encode())
+        for leaf in jax.tree.leaves(self.network):
+            digest.update(np.asarray(leaf.reshape(-1)[:64]).tobytes())
+        return digest.hexdigest()[:32]
+
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Encodes prompts; each distinct one once.
 
@@ -91,13 +100,13 @@ class Embeddings:
 
     Args:
         directory: Where an `EmbeddingCache` wrote them.
-        identity: Which encoder made them.
+        identity: Which encoder made them; None for whichever one did.
 
     Raises:
         DataError: There is no such directory, or a shard is damaged or another encoder's.
     """
 
-    def __init__(self, directory: str | Path, identity: str):
+    def __init__(self, directory: str | Path, identity: str | None = None):
         self.directory = Path(directory)
         self.identity = identity
         self._shards: set[str] = set()
@@ -137,6 +146,7 @@ class Embeddings:
             if path.name in self._shards:
                 continue
             header = _header(path)
+            self.identity = self.identity or header["identity"]
             if header["identity"] != self.identity:
                 raise DataError(
                     f"{path}: holds the text states of {header['identity']!r}, not of {self.identity!r}; choose "

@@ -26,6 +26,7 @@ from vidar.models.flops import PATTERNS, shape_of, training_flops
 from vidar.models.layers import DiscreteActions
 from vidar.models.placement import logical_axes
 from vidar.pipeline import Pipeline
+from vidar.preparation.embeddings import Embeddings
 from vidar.sharding import MeshConfig
 from vidar.system import OnData, System, SystemConfig, compose, load, system_config
 from vidar.training.config import TrainingConfig
@@ -71,6 +72,7 @@ class RunConfig(SystemConfig):
         optimizers: By the name that roles use.
         mesh: Sizes of the mesh axes.
         evaluation: Generation from held-out clips.
+        embeddings: Directory of the text states of all captions (`vidar data embeddings`), for models with text.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -78,6 +80,7 @@ class RunConfig(SystemConfig):
     optimizers: Mapping[str, OptimizerConfig] = field(default_factory=dict)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    embeddings: str | None = None
 
 
 def load_run_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -119,7 +122,7 @@ def make_run(config: RunConfig) -> Run:
         build={role: partial(system.build, role) for role in trained},
         logical_axes=logical_axes,
         batches={name: _factory(config.data, index) for index, name in enumerate(BATCHES) if name in names},
-        prepare_batch=partial(_numeric, config),
+        prepare_batch=partial(_numeric, config, None if config.embeddings is None else Embeddings(config.embeddings)),
         training=config.training,
         optimizers=config.optimizers,
         frozen=frozen,
@@ -224,9 +227,17 @@ def _factory(config: DataConfig, index: int) -> Callable[[], Any]:
     return lambda: iter(make_dataset(stream, jax.process_index(), jax.process_count()))
 
 
-def _numeric(config: RunConfig, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _numeric(config: RunConfig, embeddings: Embeddings | None, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What the network can take: pixels or latents, index, and its conditions."""
     model, video = config.model, config.video
+    if model.text is not None and embeddings is not None and "caption" in batch:
+        text = np.stack([embeddings.read(caption.decode()) for caption in batch["caption"]])
+        if text.shape[1:] != (model.text.length, model.text.width):
+            raise ConfigError(
+                f"model.text is {model.text.length} × {model.text.width}, but embeddings={config.embeddings!r} holds "
+                f"{text.shape[1]} × {text.shape[2]}"
+            )
+        batch = {**batch, "text": text}
     size = batch["pixels"].shape[2:4] if "pixels" in batch else (video.height, video.width)
     if size != (video.height, video.width):
         raise ConfigError(
@@ -245,7 +256,8 @@ def _numeric(config: RunConfig, batch: Mapping[str, Any]) -> dict[str, np.ndarra
     wanted |= {"text"} if model.text else set()
     missing = wanted - set(batch) - {"pixels", "latents"}
     if missing:
-        raise ConfigError(f"the model needs {', '.join(sorted(missing))}, which the data does not have")
+        hint = "; captions become text by embeddings=DIRECTORY" if "text" in missing and "caption" in batch else ""
+        raise ConfigError(f"the model needs {', '.join(sorted(missing))}, which the data does not have{hint}")
     chosen = {name: value for name, value in batch.items() if name in wanted}
     return chosen | {"index": np.asarray(chosen["index"], np.int32)}
 
@@ -269,8 +281,8 @@ def _check_evaluation(config: RunConfig) -> None:
         return
     if not isinstance(config.codec, PixelCodec):
         raise ConfigError(
-            f"evaluation while training needs a codec without weights, not {config.codec.kind}: set "
-            "training.eval_every=0 and training.sample_every=0"
+            f"evaluation while training needs a codec without weights, not {config.codec.kind}: leave "
+            "training.eval_every and training.sample_every out"
         )
     if choice.given >= frames:
         raise ConfigError(f"evaluation.given={choice.given} leaves none of {frames} frames to generate")

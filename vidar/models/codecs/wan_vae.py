@@ -18,6 +18,7 @@ from flax import nnx
 from vidar.errors import ConfigError, check_range
 from vidar.models.codecs.geometry import Geometry
 from vidar.models.layers import Precision
+from vidar.sharding import constrain_divisible
 
 # Statistics of the latents (Wan 2.1).
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
@@ -327,14 +328,19 @@ class _Maker:
 
 
 def _through(network: Any, layers: Sequence[Any], x_bfhwc: jax.Array, stream: Stream) -> jax.Array:
-    x_bfhwc = network.enter(stream.with_past(x_bfhwc, 2))
+    x_bfhwc = network.enter(stream.with_past(_spread(x_bfhwc), 2))
     for layer in layers:
-        x_bfhwc = layer(x_bfhwc, stream)
+        x_bfhwc = _spread(layer(x_bfhwc, stream))
     return network.leave(stream.with_past(jax.nn.silu(network.norm(x_bfhwc)), 2))
 
 
+def _spread(x_bfhwc: jax.Array) -> jax.Array:
+    """Splits frames by their rows over the mesh; what convolutions need of neighbours is exchanged."""
+    return constrain_divisible(x_bfhwc, "batch", None, "rows", None, None)
+
+
 class WanVAE(nnx.Module):
-    """Wan 2.1's VAE."""
+    """Wan 2.1's VAE; large frames are split over the devices of a mesh's `sequence` axis."""
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs):
         """Creates the parameters.
