@@ -199,22 +199,31 @@ class Pipeline:
         sampler.context.check(sampler.chunk, first)
         return replace(sampler, frames=count, first=first)
 
-    def _text(self, prompts: Sequence[str] | None, negative: str, sampler: Sampler) -> dict[str, Any]:
+    def states(self, prompts: Sequence[str] | None) -> np.ndarray | None:
+        """Text states of prompts `[b, s, c]`, or None for networks without text.
+
+        Raises:
+            ConfigError: There are no prompts where there should be, or some where there should not.
+        """
         if self.model.config.text is None:
             if prompts is not None:
                 raise ConfigError("prompts were given, but the network takes no text")
-            return {}
+            return None
         if prompts is None:
             raise ConfigError("the network makes videos of a text: give a prompt (--prompt)")
         if self.text is None:
             raise ConfigError("the model came without a text encoder or its tokenizer, so prompts cannot be read")
-        guided = len(sampler.guidance) > 1
+        return self.text(prompts)
+
+    def _text(self, prompts: Sequence[str] | None, negative: str, sampler: Sampler) -> dict[str, Any]:
+        guided = prompts is not None and len(sampler.guidance) > 1
         if negative and not guided:
-            raise ConfigError("a negative prompt acts through guidance, of which this model has none: leave it out")
-        states = jnp.asarray(self.text([*prompts, negative] if guided else list(prompts)))
-        if not guided:
-            return {"text": states}
-        return {"text": states[:-1], "negative": jnp.broadcast_to(states[-1:], states[:-1].shape)}
+            raise ConfigError("a negative prompt acts through guidance by text, of which there is none: leave it out")
+        states = self.states([*prompts, negative] if guided and prompts else prompts)
+        if states is None or not guided:
+            return {"text": None if states is None else jnp.asarray(states)}
+        text = jnp.asarray(states[:-1])
+        return {"text": text, "negative": jnp.broadcast_to(jnp.asarray(states[-1:]), text.shape)}
 
     def _image(self, image: np.ndarray | None, count: int) -> dict[str, Any]:
         """Features of the image, and the latents that each frame is given: Wan's image-to-video."""

@@ -15,6 +15,7 @@ from vidar.models.dit import DiT, DiTConfig, ImageConfig, TextConfig
 from vidar.models.frames import Conditions, Frames
 from vidar.models.layers import ContinuousActions, DiscreteActions, MultiBinaryActions, Precision, sinusoid
 from vidar.models.placement import logical_axes
+from vidar.models.quirks import Quirks
 from vidar.sharding import MeshConfig, Rules, make_mesh, shardings
 
 FULL = replace(CONFIG, text=TextConfig(width=10, length=6), classes=3)
@@ -163,6 +164,24 @@ def test_time_is_a_thousand_levels_unless_told_otherwise():
     np.testing.assert_allclose(
         sinusoid(jnp.float32(300.0), 8), np.concatenate([np.cos(angle), np.sin(angle)]), atol=2e-5
     )
+
+
+def test_quirks_cut_times_and_narrow_the_modulation_where_they_are_asked_for():
+    given = clip(frames=FRAMES)[1]
+
+    def run(compute="float32", time=None, **quirks):
+        config = replace(CONFIG, precision=Precision(compute=compute), quirks=Quirks(**quirks))
+        frames = stream() if time is None else replace(stream(), time=jnp.full((2, FRAMES), time))
+        return np.asarray(predict(network(config), frames, given))
+
+    np.testing.assert_array_equal(run(time=437.9, whole_times=True), run(time=437.0))
+    assert largest(run(time=437.9) - run(time=437.0)) > 1e-4
+    # Where products are in fp32, there is nothing to narrow.
+    np.testing.assert_array_equal(run(narrow_modulation=True), run())
+    exact, usual, narrow = run(), run("bfloat16"), run("bfloat16", narrow_modulation=True)
+    scale = largest(exact)
+    assert largest(usual - exact) < largest(narrow - exact) < 0.2 * scale
+    assert largest(narrow - usual) > 1e-3 * scale
 
 
 def test_parts_can_be_chosen():

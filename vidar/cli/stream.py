@@ -1,12 +1,14 @@
-"""`vidar stream`: endless video under live actions, written while it runs."""
+"""`vidar stream`: endless video under live actions, or of a prompt, written while it runs."""
 
 import argparse
 from pathlib import Path
 
+from vidar.cli import published
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser.add_argument("--model", required=True, help="directory of a run, or a .safetensors file")
+    parser.add_argument("--model", required=True, help=published.MODEL)
     parser.add_argument("--output", type=Path, required=True, help="video to write while it runs (.mp4)")
     parser.add_argument("--first", type=Path, help="image or video that the stream starts from; else from noise")
     parser.add_argument("--given", type=int, default=1, help="frames taken from --first")
@@ -18,14 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="script such as '1*8,2*8', by number, repeated; '-' reads one action a tick from stdin",
     )
+    parser.add_argument("--prompt", help="what the video shows, for models with text")
     parser.add_argument("--label", type=int, help="class of the video, for models with classes")
-    parser.add_argument(
-        "--window", type=int, help="frames a chunk may see (default: the model's, or its training length)"
-    )
-    parser.add_argument("--sink", type=int, help="first frames that stay in view")
     parser.add_argument("--relative", action="store_true", help="window-relative positions, for very long streams")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fps", type=float, default=8.0)
+    parser.add_argument("--fps", type=float, default=None, help="default: 16 for models with text, 8 for others")
+    published.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -41,7 +41,6 @@ def run(options: argparse.Namespace) -> int:
     from vidar.data.video import VideoWriter
     from vidar.devices import enable_compilation_cache
     from vidar.errors import ConfigError, VidarError
-    from vidar.pipeline import load_pipeline
     from vidar.streaming import Engine
     from vidar.system import streaming_sampler
 
@@ -50,20 +49,31 @@ def run(options: argparse.Namespace) -> int:
     if options.first is None and options.given != 1:
         raise ConfigError(f"--given={options.given} says how many frames of --first are taken: give --first, too")
     enable_compilation_cache()
-    pipeline = load_pipeline(options.model)
+    pipeline = published.load(options, window=None, sink=None)  # these are the stream's
     system, model = pipeline.system, pipeline.model
+    text = pipeline.states(None if options.prompt is None else [options.prompt])
     positions = "relative" if options.relative else None
     sampler = streaming_sampler(system, options.window, options.sink, positions)
-    engine = Engine(sampler, pipeline.codec, model)
+    engine = Engine(sampler, pipeline.codec, model, text=text)
     video = system.config.video
-    ticks = -(-options.frames // sampler.chunk) if options.frames else None
-    first = None if options.first is None else given_frames(options.first, options.given, video.height, video.width)
+    step = pipeline.codec.config.frames_per_latent
+    # The first of a stream's latent frames is one frame, each other `step`.
+    latents = -(-(options.frames + (step - 1) * (options.first is None)) // step)
+    ticks = -(-latents // sampler.chunk) if options.frames else None
+    first = (
+        None
+        if options.first is None
+        else given_frames(options.first, options.given, video.height, video.width, exact=model.config.text is None)
+    )
     track = action_ticks(model.config.actions, options.actions, sampler.chunk, ticks, sys.stdin)
     opened = time.perf_counter()
     shown, count, first_frame = engine.open(options.seed, given=first, label=options.label), 0, 0.0
     mistake = None
     terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with VideoWriter(options.output, options.fps) as writer, tqdm(total=options.frames or None, unit="frame") as bar:
+    with (
+        VideoWriter(options.output, options.fps or (16.0 if text is not None else 8.0)) as writer,
+        tqdm(total=options.frames or None, unit="frame") as bar,
+    ):
         if shown is not None:
             writer.append(shown[0])
         try:
