@@ -4,11 +4,13 @@ PyTorch eager, PyTorch compiled and vidar take turns, so that whatever else the 
 anything is timed, their outputs are compared. Needs the `parity` extra. This room must not know command lines.
 """
 
+import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +19,9 @@ import numpy as np
 
 from vidar.attention import kernels
 from vidar.attention.visibility import Bidirectional, chunk_layout
-from vidar.errors import ConfigError
+from vidar.config import build, to_dict
+from vidar.errors import ConfigError, DataError, make_directory
+from vidar.evaluation.writing import replaced
 from vidar.interop import tables, wan
 from vidar.interop.sources import Stored
 from vidar.models.codecs.wan_vae import Stream, Up, WanVAE, WanVAEConfig
@@ -132,6 +136,50 @@ def decoder(rounds: int) -> Comparison:
     }
     what = f"Wan VAE decoder, {FRAMES} latent frames, {1 + 4 * (FRAMES - 1)} pixel frames of 120×208"
     return _compare(what, implementations, rounds, partial(_decoder_costs, ours), _versions(torch, diffusers))
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """Formats comparisons for people: Markdown, with the largest parts of vidar's time."""
+    lines = []
+    for one in comparisons:
+        times = ", ".join(f"{name} {milliseconds:.0f} ms" for name, milliseconds in one.milliseconds.items())
+        costs = ", ".join(f"{name} {milliseconds:.0f} ms" for name, milliseconds in one.costs.items())
+        lines.append(f"{one.network}, {one.precision}, {one.device}: {times}; ratio {one.ratio:.2f}")
+        lines.append(f"  of vidar's: {costs} ({one.software}; outputs differ by {one.difference:.1e})")
+    return "\n".join(lines)
+
+
+def merge(comparison: Comparison, directory: str | Path) -> Path:
+    """Writes a comparison into `peers.json`, in place of an older one of the same network, device and precision.
+
+    Args:
+        comparison: The new one.
+        directory: Directory of the results, such as `tests/benchmarks/results`.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: The file that is already there cannot be read.
+    """
+    path = Path(directory) / "peers.json"
+    known = {}
+    if path.exists():
+        try:
+            known = {
+                _conditions(one): one for one in (build(Comparison, entry) for entry in json.loads(path.read_text()))
+            }
+        except (OSError, ValueError, ConfigError) as error:
+            raise DataError(f"{path}: not a file of comparisons ({error}); move it away or measure again") from error
+    known[_conditions(comparison)] = comparison
+    make_directory(path.parent)
+    with replaced(path) as unfinished:
+        unfinished.write_text(json.dumps([to_dict(known[key]) for key in sorted(known)], indent=2) + "\n")
+    return path
+
+
+def _conditions(comparison: Comparison) -> tuple[str, str, str]:
+    return comparison.network, comparison.device, comparison.precision
 
 
 NETWORKS: Mapping[str, Callable[[int], Comparison]] = {"transformer": transformer, "decoder": decoder}

@@ -9,7 +9,12 @@ _DEVICES = ("H100", "H200", "B200", "A100", "RTX 4090", "TPU v5e", "TPU v5p", "T
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser.add_argument("bench", choices=("stream", "train"), help="ticks of a stream, or teacher-forcing steps")
+    parser.add_argument(
+        "bench",
+        choices=("stream", "train", "peers"),
+        help="ticks of a stream, teacher-forcing steps, or a network beside diffusers' (extra parity)",
+    )
+    parser.add_argument("--network", choices=("transformer", "decoder"), default="transformer", help="with peers")
     parser.add_argument("--preset", default="tiny", metavar="NAME", help="tiny, small, nfd_310m, wan_1_3b or wan_14b")
     parser.add_argument("--ticks", type=int, default=100, help="ticks or steps measured")
     parser.add_argument("--warmup", type=int, help="ticks or steps before them (default: enough to fill the window)")
@@ -43,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
     from vidar.errors import ConfigError, make_directory
     from vidar.sharding import make_mesh
 
+    if options.bench == "peers":
+        return _peers(options)
     if options.topology and not options.lower_only:
         raise ConfigError("--topology compiles for devices that are not there: add --lower-only")
     if (options.height is None) != (options.width is None):
@@ -74,6 +81,17 @@ def run(options: argparse.Namespace) -> int:
     if options.results:
         for path in report.merge([record], options.results):
             print(f"merged into {path}")
+    return 0
+
+
+def _peers(options: argparse.Namespace) -> int:
+    """One network beside diffusers'."""
+    from vidar.benchmark import peers
+
+    comparison = peers.NETWORKS[options.network](options.ticks)
+    print(peers.table([comparison]))
+    if options.results:
+        print(f"merged into {peers.merge(comparison, options.results)}")
     return 0
 
 
