@@ -69,9 +69,11 @@ def test_prompts_negative_prompts_guidance_and_seeds_act(folders):
         assert np.abs(base - other).max() > 2
 
 
-def test_both_layouts_give_the_same_video(folders):
+@pytest.mark.parametrize("image", [False, True])
+def test_both_layouts_give_the_same_video(folders, image):
+    given = {"image": picture()} if image else {}
     one, other = (
-        load_pipeline(folders(layout=layout), SMALL).generate(prompts=PROMPTS[:1])
+        load_pipeline(folders(image, layout), SMALL).generate(prompts=PROMPTS[:1], **given)
         for layout in ("diffusers", "original")
     )
     np.testing.assert_array_equal(one, other)
@@ -91,6 +93,9 @@ def test_a_student_runs_chunk_by_chunk_and_its_stream_is_the_clip(folders):
     sampler = streaming_sampler(pipeline.system, window=6)
     engine = Engine(sampler, pipeline.codec, pipeline.model, text=pipeline.text(PROMPTS[:1]))
     engine.open(seed=5)
+    beginning = engine.snapshot()
+    engine.tick()
+    engine.restore(beginning)
     chunks = [np.asarray(engine.tick()) for _ in range(2)]
     assert [chunk.shape[1] for chunk in chunks] == [9, 12]
     np.testing.assert_allclose(np.concatenate(chunks, axis=1).astype(int), video.astype(int), atol=1)

@@ -9,6 +9,7 @@ from tests.published import CONFIGS, make_folder, network_tensors, transformer_c
 from tests.test_pipeline import picture
 from vidar.cli.main import main
 from vidar.data.pipeline import make_dataset
+from vidar.data.sources import TfdsClips
 from vidar.data.video import read_video, write_video
 from vidar.interop.folders import Folder
 from vidar.interop.sources import Stored
@@ -169,6 +170,8 @@ def get_config():
     # In bf16, and there in batches of another size: each caption's states are nearer to its own than to any other's.
     distance = np.linalg.norm(found[:, None] - expected.astype(np.float32)[None], axis=(2, 3)) / np.linalg.norm(found)
     assert np.diag(distance).max() < 0.03
+    held_out = TfdsClips("vidar_world/one_shape", directory, "validation", 8, 0)
+    assert all(held_out.clip(index, 0.0)["caption"].decode() in Embeddings(states) for index in range(len(held_out)))
 
 
 MISTAKES = {

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from tests.conftest import ROOT, subprocess_environment
 from tests.interop.test_sources import ARRAYS, assert_holds, stored
 from vidar.errors import CheckpointError, ConfigError
-from vidar.interop.sources import Stored, open_tensors
-from vidar.interop.targets import CHECKSUMS, fingerprint, save_tensors, size
+from vidar.interop.sources import CHECKSUMS, Stored, open_tensors
+from vidar.interop.targets import fingerprint, save_tensors, size
 
 EIGHT = {f"block.{number}.weight": np.full((16, 4), number, np.float32) for number in range(8)}
 SHARD = 2 * 16 * 4 * 4  # two of them
@@ -292,3 +292,15 @@ def test_a_fingerprint_follows_files_and_options(tmp_path):
     (tmp_path / "x" / "model-00003-of-00004.safetensors").touch()
     found.add(fingerprint(*given, scale=1.0))
     assert len(found) == 5
+
+
+def test_a_changed_byte_is_found_when_its_tensor_is_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, stored(EIGHT))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    tensors = open_tensors(path)
+    np.testing.assert_array_equal(tensors["block.0.weight"].read(), EIGHT["block.0.weight"])
+    with pytest.raises(CheckpointError, match=r"x.safetensors: block.7.weight does not have its checksum"):
+        tensors["block.7.weight"].read()

@@ -148,6 +148,22 @@ def test_from_prompts_to_states_with_a_real_tokenizer(tmp_path):
     assert [int(states.any(axis=1).sum()) for states in found] == length_b.tolist() == [11, 2, 16]
 
 
+def test_an_identity_changes_with_whatever_changes_the_states():
+    tokenizer, config = Tokenizer(golden.FOLDER), dataclasses.replace(network().config, vocabulary=704)
+    net = UMT5(config, rngs=nnx.Rngs(0))
+    narrow = dataclasses.replace(config, precision=Precision(params="float32", compute="bfloat16"))
+    base = TextEncoder(net, tokenizer, 16)
+    assert base.identity == TextEncoder(net, tokenizer, 16, rows=1).identity
+    scaled = jax.tree.map(lambda leaf: leaf * jnp.asarray(1.5, leaf.dtype), net)
+    others = (
+        TextEncoder(net, tokenizer, 17),
+        TextEncoder(UMT5(narrow, rngs=nnx.Rngs(0)), tokenizer, 16),
+        TextEncoder(scaled, tokenizer, 16),
+        TextEncoder(net, Tokenizer(golden.FOLDER / "spiece.model"), 16),
+    )
+    assert len({base.identity, *(other.identity for other in others)}) == 5
+
+
 def test_duplicates_and_prompts_that_clean_alike_are_computed_once(tmp_path):
     encoder = Counting()
     cache = EmbeddingCache(tmp_path, encoder, "one", shard=3)

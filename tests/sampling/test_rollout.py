@@ -36,7 +36,7 @@ PLANS = {
         0,
     ),
     "UniPC": (dict(solver=UniPC(4)), 0),
-    "UniPC, lag 1, fused": (dict(solver=UniPC(4), lag=1, commit="fused"), 0),
+    "UniPC, lag 2, fused": (dict(solver=UniPC(4), lag=2, commit="fused"), 0),
     "DPM++, ring, sink, chunk 2, lag 2": (dict(solver=DPMPlusPlus(4), window=6, sink=2, chunk=2, lag=2), 0),
     "DPM++, lag 0": (dict(solver=DPMPlusPlus(4), lag=0), 0),
     "ring": (dict(window=3, solver=Euler(3)), 0),

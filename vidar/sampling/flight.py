@@ -175,9 +175,9 @@ class Flight:
             noise = frame_noise(self.state.key, Purpose.RENOISE, self._frames(), after, sampler.latent)
         kind = model.config.prediction
         latents, history = sampler.solver.step(kind, prediction, self.latents, before, noise, self.history)
+        # Frames that do not move are finished: nobody asks for their history any more.
         moved = (after > before)[None, :, None, None, None]
-        latents = jnp.where(moved, latents, self.latents)
-        return output, latents, jnp.where(moved[:, :, None], history, self.history)
+        return output, jnp.where(moved, latents, self.latents), history
 
     def _forward(
         self, model: Any, latents: jax.Array, level_f: jax.Array, time_f: jax.Array | None, drops: tuple[str, ...] = ()
