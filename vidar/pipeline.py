@@ -17,11 +17,11 @@ import numpy as np
 
 from vidar.attention.cache import ContextConfig
 from vidar.attention.visibility import Bidirectional, ChunkCausal
-from vidar.errors import CheckpointError, ConfigError
+from vidar.errors import CheckpointError, ConfigError, check_range
 from vidar.interop.folders import Folder
 from vidar.interop.lora import merged_into, open_adapter
-from vidar.interop.networks import read_settings, recognise
-from vidar.interop.sources import TORCH_SUFFIXES, open_tensors
+from vidar.interop.networks import open_network
+from vidar.interop.sources import TORCH_SUFFIXES
 from vidar.interop.tables import Progress
 from vidar.models.frames import Conditions, row_labels
 from vidar.models.layers import Precision
@@ -68,8 +68,8 @@ class Choices:
         recipe: One of `RECIPES`; None for `self_forcing` where `weights` is a PyTorch file, and `wan` elsewhere.
         weights: Weights of the transformer in place of the folder's own, such as a student's.
         part: Which network of a PyTorch file; see `open_tensors`.
-        adapter: LoRA adapter that is merged in.
-        adapter_scale: Its strength, times its own alpha / rank.
+        lora: LoRA adapter that is merged in.
+        lora_scale: Its strength, times its own alpha / rank.
         decoder: Weights of TAEHV, which then decodes in place of the VAE.
         height: Pixel height.
         width: Pixel width.
@@ -81,16 +81,16 @@ class Choices:
         guidance: Scale of guidance by text.
         window: Latent frames that a chunk may see; None for the whole clip.
         sink: First latent frames that stay in view.
-        precision: Types of the transformer and of the encoders of text and image.
-        codec_precision: Types of the codec.
+        precision: Type of the transformer and of the encoders of text and image, such as `float32`.
+        codec_precision: Type of the codec.
         text_encoder_on_cpu: Whether the text encoder stays in host memory and runs there.
     """
 
     recipe: str | None = None
     weights: str | Path | None = None
     part: str | None = None
-    adapter: str | Path | None = None
-    adapter_scale: float = 1.0
+    lora: str | Path | None = None
+    lora_scale: float = 1.0
     decoder: str | Path | None = None
     height: int = 480
     width: int = 832
@@ -102,8 +102,8 @@ class Choices:
     guidance: float | None = None
     window: int | None = None
     sink: int = 0
-    precision: Precision = Precision("bfloat16", "bfloat16")
-    codec_precision: Precision = Precision("float32", "float32")
+    precision: str = "bfloat16"
+    codec_precision: str = "float32"
     text_encoder_on_cpu: bool = False
 
     def __post_init__(self) -> None:
@@ -111,6 +111,8 @@ class Choices:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ConfigError(f"{name}={value!r} is unknown: use one of {', '.join(known)}")
+        for name in ("height", "width", "frames", "chunk"):
+            check_range(name, getattr(self, name), least=1)
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,15 @@ class Pipeline:
         """
         config = self.codec.config
         length: int = frames or config.pixel_frames(self.system.config.video.frames)
-        count = config.latent_frames(length)
         sized = [len(value) for value in (prompts, image, given) if value is not None]
         if len(set(sized)) > 1:
             raise ConfigError(f"prompts, images and given frames are of {sized} clips: give as many of each")
         rows = sized[0] if sized else rows
-        sampler = self._sampler(length, count, None if given is None else given.shape[1])
+        given = None if given is None else self._given(given)
+        if actions is not None and self.model.config.actions is None:
+            raise ConfigError("actions were given, but the network takes none (model.actions is not set)")
+        sampler = self._sampler(length, None if given is None else given.shape[1])
+        count = sampler.frames
         labels = row_labels(label, self.model.config.classes, rows)
         conditions = Conditions(
             **self._text(prompts, negative, sampler),
@@ -183,21 +188,37 @@ class Pipeline:
         latents = _generate(sampler, count, self.model, session_keys(seed, rows), conditions, latents)
         return np.asarray(_decode(self.codec, latents))
 
-    def _sampler(self, frames: int, count: int, given: int | None) -> Sampler:
-        """The system's sampler for `count` latent frames, some of them given."""
+    def _sampler(self, frames: int, given: int | None) -> Sampler:
+        """The system's sampler for so many pixel frames, some of them given."""
         sampler, config = self.system.sampler, self.codec.config
         if not sampler.program.lag:
-            return replace(sampler, frames=count)
-        first = sampler.first or (given is not None and sampler.chunk > 1 and config.latent_frames(given) == 1)
-        head = int(first)
-        if (count - head) % sampler.chunk or count <= head:
-            fits = head + sampler.chunk * max(1, round((count - head) / sampler.chunk))
+            if given is not None:
+                raise ConfigError(
+                    "this model makes whole clips at once and cannot go on from frames: use an image-to-video model, "
+                    "or a causal one (such as recipe self_forcing)"
+                )
+            return replace(sampler, frames=config.latent_frames(frames))
+        alone = given is not None and sampler.chunk > 1 and config.latent_frames(given) == 1
+        first = sampler.first or alone
+        least = config.pixel_frames(int(first) + sampler.chunk)
+        step = sampler.chunk * config.frames_per_latent
+        if frames < least or (frames - least) % step:
+            fits = least + step * max(0, round((frames - least) / step))
             raise ConfigError(
-                f"{frames} frames are {count} latent ones, which are not whole chunks of {sampler.chunk}"
-                f"{' after the first image' if head else ''}; {config.pixel_frames(fits)} frames would be"
+                f"{frames} frames are not {least} + {step} n, as chunks of {sampler.chunk} latent frames make"
+                f"{' after one first image' if first else ''}; {fits} would be"
             )
         sampler.context.check(sampler.chunk, first)
-        return replace(sampler, frames=count, first=first)
+        return replace(sampler, frames=config.latent_frames(frames), first=first)
+
+    def _given(self, given: Any) -> np.ndarray:
+        video, array = self.system.config.video, np.asarray(given)
+        if array.dtype != np.uint8 or array.ndim != 5 or array.shape[2:] != (video.height, video.width, 3):
+            raise ConfigError(
+                f"given frames are {array.dtype} {list(array.shape)}, they should be uint8 pixels [clips, frames, "
+                f"{video.height}, {video.width}, 3]"
+            )
+        return array
 
     def states(self, prompts: Sequence[str] | None) -> np.ndarray | None:
         """Text states of prompts `[b, s, c]`, or None for networks without text.
@@ -300,12 +321,12 @@ def _published(folder: Folder, choices: Choices, progress: Progress) -> Pipeline
     if choices.decoder is not None:
         codec = _network("tiny_vae", Path(choices.decoder), choices.codec_precision, progress)
     path = folder.transformer if choices.weights is None else Path(choices.weights)
-    tensors = open_tensors(path, choices.part)
-    found = recognise(tensors, read_settings(folder.transformer), choices.precision)
+    # A student's file says nothing of its heads: they are those of the folder's own transformer.
+    found = open_network(path, choices.part, Precision(choices.precision, choices.precision), folder.transformer)
     if found.kind != "transformer":
         raise CheckpointError(f"{path}: holds a {found.kind}, a transformer is wanted here")
-    if choices.adapter is not None:
-        found = merged_into(found, open_adapter(choices.adapter), choices.adapter_scale)
+    if choices.lora is not None:
+        found = merged_into(found, open_adapter(choices.lora), choices.lora_scale)
     system = compose(_system(found.config, codec.config, choices, path))
     image = None
     if found.config.image is not None and folder.image_encoder is not None:
@@ -321,8 +342,8 @@ def _published(folder: Folder, choices: Choices, progress: Progress) -> Pipeline
     return Pipeline(system, found.load(progress), codec, text, image)
 
 
-def _network(kind: str, path: Path, precision: Precision, progress: Progress) -> Any:
-    found = recognise(open_tensors(path), read_settings(path), precision)
+def _network(kind: str, path: Path, precision: str, progress: Progress) -> Any:
+    found = open_network(path, precision=Precision(precision, precision))
     if found.kind != kind:
         raise CheckpointError(f"{path}: holds a {found.kind}, a {kind} is wanted here")
     return found.load(progress)
@@ -363,7 +384,9 @@ def _system(model: Any, codec: Any, choices: Choices, path: Path) -> SystemConfi
         raise ConfigError("chunk, window and sink are for causal models: choose a recipe such as self_forcing")
     if model.image is not None and recipe.chunk is not None:
         raise ConfigError(f"{path}: takes an image beside all frames at once, so it cannot be causal: use recipe wan")
-    frames = codec.latent_frames(choices.frames)
+    frames, side = codec.latent_frames(choices.frames), codec.patch * model.patch
+    if min(choices.height, choices.width) < 1 or choices.height % side or choices.width % side:
+        raise ConfigError(f"{choices.height}×{choices.width} pixels: height and width must be multiples of {side}")
     scale = recipe.guidance if choices.guidance is None else choices.guidance
     return SystemConfig(
         objective=Diffusion(),

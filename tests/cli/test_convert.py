@@ -127,7 +127,8 @@ def test_mistakes_get_one_line(tmp_path, capsys):
     refused("48 wide", "128 channels")
     refused("only PyTorch files hold several networks", part="generator")
     refused("unknown kind of file", **{"head-dim": 24, "output": tmp_path / "y.gguf"})
-    refused("where the source lies", output=tmp_path / "x")
+    for output in (tmp_path / "x", tmp_path / "x" / "model.safetensors"):
+        refused("where the source or the adapter lies", **{"head-dim": 24, "output": output})
     refused("where the source lies", source=tmp_path / "x" / "model.safetensors", output=tmp_path / "x")
     save_tensors(tmp_path / "x", {name: tensor for name, tensor in tensors.items() if "norm2.bias" not in name})
     refused("lacks 2 tensors", "blocks.0.norm2.bias", **{"head-dim": 24})

@@ -10,7 +10,7 @@ from tests.test_pipeline import picture
 from vidar.cli.main import main
 from vidar.data.pipeline import make_dataset
 from vidar.data.sources import TfdsClips
-from vidar.data.video import read_video, write_video
+from vidar.data.video import VideoWriter, read_video, write_video
 from vidar.interop.folders import Folder
 from vidar.interop.sources import Stored
 from vidar.interop.targets import save_tensors
@@ -73,7 +73,7 @@ def test_a_file_of_prompts_becomes_a_directory_that_goes_on_where_it_stopped(fol
     prompts, out = tmp_path / "prompts.txt", tmp_path / "videos"
     prompts.write_text("a red fox\n\ntwo dogs\n")
     assert generate(folder, out, *STUDENT, "--prompts", prompts) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["0000.mp4", "0001.mp4"]
+    assert sorted(path.name for path in out.iterdir()) == ["0000.mp4", "0001.mp4", "made.json"]
     assert difference(out / "0000.mp4", out / "0001.mp4") > 1
     first, second = ((out / f"000{number}.mp4").read_bytes() for number in range(2))
     (out / "0001.mp4").unlink()
@@ -82,8 +82,22 @@ def test_a_file_of_prompts_becomes_a_directory_that_goes_on_where_it_stopped(fol
     assert (out / "0000.mp4").read_bytes() == b"kept"
     assert (out / "0001.mp4").read_bytes() == second != first
     capsys.readouterr()
-    assert generate("no such model", out, *STUDENT, "--prompts", prompts) == 0
+    assert generate(folder, out, *STUDENT, "--prompts", prompts) == 0
     assert "holds all of these videos already" in capsys.readouterr().out
+    assert generate(folder, out, *STUDENT, "--prompts", prompts, "--seed", "1") == 2
+    assert "made with another --seed; name another directory" in capsys.readouterr().err
+    prompts.write_text("three dogs\ntwo dogs\n")
+    assert generate(folder, out, *STUDENT, "--prompts", prompts) == 2
+    assert "another --prompts" in capsys.readouterr().err
+
+
+def test_half_a_clip_never_passes_for_a_whole_one(folder, tmp_path, monkeypatch):
+    def interrupted(self, frames):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoWriter, "append", interrupted)
+    assert generate(folder, tmp_path / "out.mp4", *STUDENT, "--prompt", "a red fox") == 130
+    assert not list(tmp_path.iterdir())
 
 
 def test_students_adapters_and_tiny_decoders_are_used(folder, tmp_path):
@@ -179,10 +193,12 @@ MISTAKES = {
     "no prompt": (["--prompt", None], "give a prompt"),
     "both prompts": (["--prompts", "prompts.txt"], "give one of them"),
     "size": (["--size", "480"], "HEIGHTxWIDTH"),
-    "odd size": (["--size", "30x48"], "30×48"),
+    "odd size": (["--size", "40x48"], "multiples of 16"),
     "frames": (["--frames", "10"], "9 would be"),
     "recipe": (["--recipe", "teacher"], "wan, self_forcing, causvid"),
     "steps": (["--steps", "0"], "solver.steps=0"),
+    "guidance": (["--guidance", "nan"], "guidance.coefficient=nan must be finite"),
+    "scale of no adapter": (["--lora-scale", "2"], "give --lora too"),
     "image": (["--first", "nothing.png"], "nothing.png"),
     "text for an image": (["--first", "prompts.txt"], "not a video that can be decoded"),
     "actions": (["--actions", "1*8"], "takes no actions"),
@@ -191,6 +207,7 @@ MISTAKES = {
     "adapter of another network": (["--lora", "vae"], "no tensor of an adapter"),
     "decoder": (["--decoder", "vae"], "a tiny_vae is wanted"),
     "directory for one prompt": (["--output", "out"], "mp4"),
+    "frames to go on from": (["--first", "clip.mp4"], "cannot go on from frames"),
 }
 
 
@@ -199,6 +216,7 @@ def test_mistakes_get_one_line_and_leave_nothing(folder, tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     changes, message = MISTAKES[name]
     (tmp_path / "prompts.txt").write_text("a red fox\n")
+    write_video("clip.mp4", picture(1), fps=1, scale=1)
     (tmp_path / "vae").symlink_to(folder / "vae")
     options = dict(zip(WAN[::2], WAN[1::2], strict=True))
     options |= {"--model": folder, "--output": "out.mp4", "--prompt": "a red fox"}
@@ -208,7 +226,7 @@ def test_mistakes_get_one_line_and_leave_nothing(folder, tmp_path, capsys, monke
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vidar generate: ")]
     assert len(lines) == 1
     assert message in lines[0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "vae"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "prompts.txt", "vae"]
 
 
 def test_a_prompt_of_a_hundred_thousand_characters_is_cut_with_a_word_about_it(folder, tmp_path, caplog):

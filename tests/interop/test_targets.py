@@ -22,6 +22,7 @@ from tests.interop.test_sources import ARRAYS, assert_holds, stored
 from vidar.errors import CheckpointError, ConfigError
 from vidar.interop.sources import CHECKSUMS, Stored, open_tensors
 from vidar.interop.targets import fingerprint, save_tensors, size
+from vidar.interop.torch_file import read_torch_file
 
 EIGHT = {f"block.{number}.weight": np.full((16, 4), number, np.float32) for number in range(8)}
 SHARD = 2 * 16 * 4 * 4  # two of them
@@ -119,7 +120,29 @@ def test_directories_may_have_a_version_in_their_names(tmp_path):
     for name in ("Wan2.1-T2V-1.3B", "Wan2.1"):
         assert save_tensors(tmp_path / name, stored(ARRAYS)) == [tmp_path / name / "model.safetensors"]
     with pytest.raises(ConfigError, match="unknown kind of file"):
-        save_tensors(tmp_path / "model.pth", stored(ARRAYS))
+        save_tensors(tmp_path / "model.ckpt", stored(ARRAYS))
+
+
+def test_a_pth_file_holds_tensors_by_their_own_names(tmp_path):
+    path = tmp_path / "vae.pth"
+    save_tensors(path, stored(ARRAYS))
+    assert list(read_torch_file(path)) == list(ARRAYS)
+    assert_holds(open_tensors(path), ARRAYS)
+    save_tensors(tmp_path / "student.pt", stored(ARRAYS))
+    assert list(read_torch_file(tmp_path / "student.pt")) == ["generator_ema"]
+
+
+def test_two_conversions_into_one_directory_do_not_meet(tmp_path):
+    tensors = stored(EIGHT)
+
+    def read():
+        with pytest.raises(ConfigError, match="another conversion is writing here"):
+            save_tensors(tmp_path / "x", stored(EIGHT), shard=SHARD)
+        return EIGHT["block.3.weight"]
+
+    tensors["block.3.weight"] = replace(tensors["block.3.weight"], read=read)
+    save_tensors(tmp_path / "x", tensors, shard=SHARD)
+    assert_holds(open_tensors(tmp_path / "x"), EIGHT)
 
 
 # ----------------------------------------------------------------------------------------------------- interruptions

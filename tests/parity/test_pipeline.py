@@ -10,7 +10,6 @@ import pytest
 from tests.golden.prompts import reference
 from tests.published import make_folder
 from vidar.interop.wan import dit_template
-from vidar.models.layers import Precision
 from vidar.models.quirks import Quirks
 from vidar.pipeline import Choices, load_pipeline
 from vidar.sampling.noise import Purpose, frame_noise, session_keys
@@ -18,7 +17,7 @@ from vidar.sampling.noise import Purpose, frame_noise, session_keys
 pytestmark = pytest.mark.parity
 
 STEPS = 4
-CHOICES = Choices(height=32, width=48, frames=9, steps=STEPS, precision=Precision("float32", "float32"))
+CHOICES = Choices(height=32, width=48, frames=9, steps=STEPS, precision="float32")
 PROMPT, NEGATIVE = "A red fox &amp; two dogs  walk", "blurry, low quality"
 
 

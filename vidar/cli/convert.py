@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         required=True,
-        help="directory, or a .safetensors or .pt file; a directory's conversion goes on where it was interrupted",
+        help="directory, whose conversion goes on where it was interrupted; or a .safetensors file, a .pth as Wan's, "
+        "or a .pt as Self Forcing's",
     )
     parser.add_argument("--layout", required=True, choices=("original", "diffusers"), help="names and forms to write")
     parser.add_argument(
@@ -40,25 +41,24 @@ def run(options: argparse.Namespace) -> int:
     from vidar.errors import ConfigError, check_range
     from vidar.interop.hub import local_folder
     from vidar.interop.lora import merged_into, open_adapter
-    from vidar.interop.networks import KINDS, read_settings, recognise
-    from vidar.interop.sources import open_tensors
-    from vidar.interop.targets import fingerprint, save_tensors, size, write_json
+    from vidar.interop.networks import KINDS, open_network
+    from vidar.interop.targets import checkpoint_files, fingerprint, save_tensors, size, write_json
 
     check_range("--head-dim", options.head_dim, least=2)
     check_range("--lora-scale", options.lora_scale)
     if options.lora_scale is not None and options.lora is None:
         raise ConfigError("--lora-scale is the strength of an adapter: give --lora too")
     source = local_folder(options.source)
-    if options.output.resolve() in (source.resolve(), source.resolve().parent):
-        raise ConfigError(f"--output {options.output} is where the source lies; name another directory")
-    tensors = open_tensors(source, options.part)
-    settings = read_settings(source)
-    if options.head_dim is not None:
-        settings["attention_head_dim"] = options.head_dim
-    found = recognise(tensors, settings)
-    scale, adapter = 1.0 if options.lora_scale is None else options.lora_scale, None
-    if options.lora is not None:
-        adapter = local_folder(options.lora)
+    adapter = None if options.lora is None else local_folder(options.lora)
+    read = [file.resolve() for path in (source, adapter) if path is not None for file in checkpoint_files(path)]
+    output = options.output.resolve()
+    if str(options.output) == "." or output in (source.resolve(), *read, *(file.parent for file in read)):
+        raise ConfigError(f"--output {options.output} is where the source or the adapter lies; name another place")
+    found = open_network(source, options.part, head_dim=options.head_dim)
+    if options.output.suffix == ".pt" and found.kind != "transformer":
+        raise ConfigError(f"--output {options.output}: a .pt file holds a student's transformer; name a .pth file")
+    scale = 1.0 if options.lora_scale is None else options.lora_scale
+    if adapter is not None:
         found = merged_into(found, open_adapter(adapter), scale)
     converted = found.converted(options.layout)
     stem = KINDS[found.kind].stem if options.layout == "diffusers" else "model"

@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompts", type=Path, help="file with a prompt on each line; videos that exist are kept")
     what.add_argument("--negative", default="", help="what no video shows")
     what.add_argument("--first", type=Path, help="image or video that the clip begins with; else from noise")
-    what.add_argument("--given", type=int, help="frames taken from --first (default: 1)")
+    what.add_argument(
+        "--given", type=int, help="frames taken from --first (default: 1; 9 + 12 n for published students)"
+    )
     what.add_argument("--frames", type=int, help="frames of the clip, given ones included (default: the model's)")
     what.add_argument("--actions", help="script such as '1*8,2*8', by number, repeated; default: no action")
     what.add_argument("--label", type=int, help="class of the video, for models with classes")
@@ -42,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--given={options.given} takes frames from --first: name an image or video, or leave it out")
     work = _work(options)
     if not work:
-        print(f"{options.output}: holds all of these videos already")
+        print(f"{options.output}: holds all of these videos already; to make them otherwise, name another directory")
         return 0
     enable_compilation_cache()
     pipeline = published.load(options)
@@ -56,6 +58,8 @@ def _work(options: argparse.Namespace) -> list[tuple[str | None, Path]]:
     from vidar.cli.scripts import prompt_lines
     from vidar.errors import ConfigError
 
+    if options.prompts is None and options.output.suffix != ".mp4":
+        raise ConfigError(f"--output={options.output}: videos are written as .mp4; a directory is for --prompts")
     if options.prompts is None:
         return [(options.prompt, options.output)]
     if options.prompt is not None:
@@ -63,12 +67,38 @@ def _work(options: argparse.Namespace) -> list[tuple[str | None, Path]]:
     if options.output.suffix:
         raise ConfigError(f"--output={options.output}: several prompts need a directory")
     prompts = prompt_lines(options.prompts)
+    _record(options, prompts)
     files = [(prompt, options.output / f"{number:04d}.mp4") for number, prompt in enumerate(prompts)]
     return [(prompt, path) for prompt, path in files if not path.exists()]
 
 
+def _record(options: argparse.Namespace, prompts: list[str]) -> None:
+    """Keeps beside the videos what they are made of, and refuses to go on with something else."""
+    import json
+
+    from vidar.errors import DataError
+    from vidar.weights import whole_file
+
+    path = options.output / "made.json"
+    free = ("output", "prompts", "run", "command", "overrides", "fps", "text_encoder_on_cpu")
+    chosen = {name: str(value) for name, value in vars(options).items() if name not in free}
+    if path.exists():
+        try:
+            known = json.loads(path.read_text())
+            before, settings = known["prompts"], known["options"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: damaged ({error}); name another directory") from error
+        changed = [f"--{name.replace('_', '-')}" for name in chosen if settings.get(name) != chosen[name]]
+        changed += ["--prompts"] if prompts[: len(before)] != before else []
+        if changed:
+            raise DataError(f"{options.output}: holds videos made with another {changed[0]}; name another directory")
+    with whole_file(path) as file:
+        file.write((json.dumps({"prompts": prompts, "options": chosen}, indent=1) + "\n").encode())
+
+
 def _write(options: argparse.Namespace, pipeline: Any, prompt: str | None, path: Path) -> None:
     import numpy as np
+    from tqdm import tqdm
 
     from vidar.cli.scripts import action_track, given_frames
     from vidar.data.video import VideoWriter, read_video
@@ -79,6 +109,8 @@ def _write(options: argparse.Namespace, pipeline: Any, prompt: str | None, path:
     shown: dict[str, Any] = {"label": options.label, "seed": options.seed, "rows": options.clips}
     if prompt is not None:
         shown |= {"prompts": [prompt] * options.clips, "negative": options.negative}
+    if options.given is not None and model.image is not None:
+        raise ConfigError(f"--given={options.given}: this model begins with an image alone; leave it out")
     if options.first is not None and model.image is not None:
         shown["image"] = np.repeat(read_video(options.first)[:1], options.clips, axis=0)
     elif options.first is not None:
@@ -90,7 +122,12 @@ def _write(options: argparse.Namespace, pipeline: Any, prompt: str | None, path:
     actions = action_track(model.actions, options.actions, frames)
     if actions is not None:
         shown["actions"] = np.repeat(actions, options.clips, axis=0)
-    with VideoWriter(path, options.fps or (16.0 if model.text else 8.0)) as writer:
-        clips = pipeline.generate(frames, **shown)
-        writer.append(np.concatenate(list(clips), axis=2))
-    print(f"{path}: {options.clips} × {frames} frames of {video.width}×{video.height}")
+    clips = pipeline.generate(frames, **shown)
+    rate = (16.0 if model.text else 8.0) if options.fps is None else options.fps
+    with VideoWriter(path, rate) as writer:
+        try:
+            writer.append(np.concatenate(list(clips), axis=2))
+        except BaseException:
+            writer.discard()  # half a clip would pass for a whole one
+            raise
+    tqdm.write(f"{path}: {options.clips} × {frames} frames of {video.width}×{video.height}")

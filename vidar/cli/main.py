@@ -11,10 +11,10 @@ from vidar.errors import VidarError
 COMMANDS = {
     "quickstart": "train on the procedural world, stream the result and the shipped model, compare with ground truth",
     "train": "train a system from an experiment card",
-    "generate": "generate clips with a trained model",
+    "generate": "generate clips: from a prompt, an image, given frames or actions",
     "stream": "stream endless video under live actions, writing it while it runs",
     "eval": "measure a trained model: control by actions, or exact errors on the procedural world",
-    "data": "make the procedural world's data set, or record ViZDoom",
+    "data": "make the procedural world's data set, record ViZDoom, or prepare text states",
     "convert": "turn published checkpoints from one layout into another",
     "bench": "measure streaming or training",
 }
@@ -58,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        print(
+            f"vidar {options.command}: {error.filename or 'a file'}: {error.strerror or error}"[:400], file=sys.stderr
+        )
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Options of commands that sample published models, and what they say."""
 
 import argparse
-from pathlib import Path
+import sys
 from typing import Any
 
 MODEL = "directory of a run, a .safetensors file, a published model's folder or hub id"
@@ -13,12 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--recipe", help="wan, self_forcing or causvid (default: self_forcing with --weights x.pt, or wan)"
     )
-    how.add_argument("--weights", type=Path, help="transformer in place of the folder's, such as a student's .pt")
+    how.add_argument("--weights", help="transformer in place of the folder's, such as a student's .pt; path or hub id")
     how.add_argument("--part", help="network of a PyTorch file, such as generator_ema")
-    how.add_argument("--lora", type=Path, help="adapter that is merged in")
+    how.add_argument("--lora", help="adapter that is merged in; path or hub id")
     how.add_argument("--lora-scale", type=float, help="its strength (default: 1), times the alpha / rank that it holds")
-    how.add_argument("--decoder", type=Path, help="weights of TAEHV, to decode in place of the VAE")
-    how.add_argument("--size", help="HEIGHTxWIDTH in pixels (default: 480x832)")
+    how.add_argument("--decoder", help="weights of TAEHV, to decode in place of the VAE; path or hub id")
+    how.add_argument("--size", help="HEIGHTxWIDTH in pixels, multiples of 16 (default: 480x832)")
     how.add_argument("--chunk", type=int, help="latent frames a chunk, for causal models")
     how.add_argument("--solver", help="unipc, dpm++ or euler")
     how.add_argument("--steps", type=int, help="solver steps")
@@ -47,26 +47,38 @@ def load(options: argparse.Namespace, **changes: Any) -> Any:
     from vidar.pipeline import load_pipeline
 
     chosen = _choices(argparse.Namespace(**vars(options) | changes))
-    return load_pipeline(
+    pipeline = load_pipeline(
         local_folder(options.model), chosen, lambda work: tqdm(work, unit="tensor", delay=1, leave=False)
     )
+    if pipeline.model.config.text is not None:
+        print(f"{options.model}: {described(pipeline)}", file=sys.stderr)
+    return pipeline
+
+
+def described(pipeline: Any) -> str:
+    """How a pipeline samples, in a few words."""
+    sampler = pipeline.system.sampler
+    how = f"{sampler.solver.kind}, {sampler.solver.steps} steps, shift {sampler.solver.shift:g}"
+    how += f", guidance {sampler.guidance[0].coefficient:g}" if len(sampler.guidance) > 1 else ", no guidance"
+    return f"{how}, {f'chunks of {sampler.chunk} latent frames' if sampler.program.lag else 'all frames at once'}"
 
 
 def _choices(options: argparse.Namespace) -> Any:
     from vidar.errors import ConfigError
-    from vidar.models.layers import Precision
+    from vidar.interop.hub import local_folder
     from vidar.pipeline import Choices
 
-    names = ("recipe", "weights", "part", "decoder", "chunk", "solver", "steps", "shift", "guidance", "window", "sink")
+    names = ("recipe", "part", "chunk", "solver", "steps", "shift", "guidance", "window", "sink")
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
-    given |= {"adapter": options.lora, "adapter_scale": options.lora_scale}
+    given |= {name: getattr(options, name) for name in ("lora_scale", "precision", "codec_precision")}
     given["text_encoder_on_cpu"] = options.text_encoder_on_cpu or None
-    for name in ("precision", "codec_precision"):
-        kind = getattr(options, name)
-        given[name] = None if kind is None else Precision(kind, kind)
+    for name in ("weights", "lora", "decoder"):
+        given[name] = None if getattr(options, name) is None else local_folder(getattr(options, name))
+    if options.lora_scale is not None and options.lora is None:
+        raise ConfigError("--lora-scale is the strength of an adapter: give --lora too")
     if options.size is not None:
         height, _, width = options.size.partition("x")
-        if not (height.isdecimal() and width.isdecimal()):
+        if not all(side.isdecimal() and len(side) < 6 for side in (height, width)):
             raise ConfigError(f"--size={options.size!r} should be HEIGHTxWIDTH in pixels, such as 480x832")
         given |= {"height": int(height), "width": int(width)}
     return Choices(**{name: value for name, value in given.items() if value is not None})

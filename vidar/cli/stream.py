@@ -13,7 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first", type=Path, help="image or video that the stream starts from; else from noise")
     parser.add_argument("--given", type=int, default=1, help="frames taken from --first")
     parser.add_argument(
-        "--frames", type=int, default=240, help="frames to stream after those given (default: 240); 0 until interrupted"
+        "--frames",
+        type=int,
+        default=240,
+        help="frames to stream after those given, rounded up to whole chunks (default: 240); 0 until interrupted",
     )
     parser.add_argument(
         "--actions",
@@ -34,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     import signal
     import sys
     import time
+    from dataclasses import replace
 
     from tqdm import tqdm
 
@@ -52,8 +56,15 @@ def run(options: argparse.Namespace) -> int:
     pipeline = published.load(options, window=None, sink=None)  # these are the stream's
     system, model = pipeline.system, pipeline.model
     text = pipeline.states(None if options.prompt is None else [options.prompt])
+    if not system.sampler.program.lag:
+        raise ConfigError(
+            f"{options.model}: makes whole clips at once; to stream, it must be causal (--recipe self_forcing)"
+        )
     positions = "relative" if options.relative else None
     sampler = streaming_sampler(system, options.window, options.sink, positions)
+    if options.first is not None and options.given == 1 and sampler.chunk > 1:
+        sampler = replace(sampler, first=True)  # a single image is a chunk of its own
+        sampler.context.check(sampler.chunk, True)
     engine = Engine(sampler, pipeline.codec, model, text=text)
     video = system.config.video
     step = pipeline.codec.config.frames_per_latent
@@ -71,7 +82,9 @@ def run(options: argparse.Namespace) -> int:
     mistake = None
     terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
-        VideoWriter(options.output, options.fps or (16.0 if text is not None else 8.0)) as writer,
+        VideoWriter(
+            options.output, (16.0 if text is not None else 8.0) if options.fps is None else options.fps
+        ) as writer,
         tqdm(total=options.frames or None, unit="frame") as bar,
     ):
         if shown is not None:

@@ -94,6 +94,11 @@ class VideoWriter:
                 os.fsync(file.fileno())
             os.replace(self._partial, self.path)
 
+    def discard(self) -> None:
+        """Closes without a file; what there is under its name stays."""
+        self._closed = True
+        self._partial.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def _report(self) -> Iterator[None]:
         import av

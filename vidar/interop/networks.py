@@ -4,14 +4,15 @@ One entry for each kind of network; how its tensors are named is `wan.py`'s, `cl
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vidar.errors import CheckpointError
+from vidar.errors import CheckpointError, ConfigError
 from vidar.interop import clip, tables, taehv, wan
-from vidar.interop.sources import Tensors
+from vidar.interop.sources import Tensors, open_tensors
 from vidar.interop.tables import Progress, Table
 from vidar.models.clip import CLIPConfig
 from vidar.models.dit import DiTConfig
@@ -32,6 +33,7 @@ class Network:
         template: The network with `jax.ShapeDtypeStruct` leaves.
         table: Its rows.
         tensors: The checkpoint as the table has it.
+        where: Where it lies, for messages.
     """
 
     kind: str
@@ -40,14 +42,17 @@ class Network:
     template: Any
     table: Table
     tensors: Tensors
+    where: str = "the checkpoint"
 
     def load(self, progress: Progress = iter) -> Any:
         """Loads it onto the current mesh; as `tables.load`."""
-        return tables.load(self.tensors, self.template, self.table, self.layout, logical_axes, progress)
+        with _naming(self.where):
+            return tables.load(self.tensors, self.template, self.table, self.layout, logical_axes, progress)
 
     def converted(self, layout: str) -> Tensors:
         """Its tensors as another layout has them; as `tables.renamed`."""
-        found = tables.renamed(self.tensors, self.template, self.table, self.layout, layout)
+        with _naming(self.where):
+            found = tables.renamed(self.tensors, self.template, self.table, self.layout, layout)
         return clip.packed(found) if self.kind == "image_encoder" else found
 
     @property
@@ -124,6 +129,49 @@ KINDS: Mapping[str, Kind] = {
 }  # fmt: skip
 
 
+def open_network(
+    path: Path,
+    part: str | None = None,
+    precision: Precision | None = None,
+    beside: Path | None = None,
+    head_dim: int | None = None,
+) -> Network:
+    """Opens a checkpoint, and finds out which network it is of.
+
+    Args:
+        path: As `open_tensors` takes it.
+        part: Which of several networks in a PyTorch file.
+        precision: Types of the network; None for the kind's own.
+        beside: Where `config.json` lies; None for beside the checkpoint.
+        head_dim: Channels of a head; None for what `config.json` says, or as published.
+
+    Returns:
+        The network.
+
+    Raises:
+        CheckpointError: It is damaged or none that is known.
+        ConfigError: What `config.json` says is impossible.
+    """
+    settings = read_settings(beside or path) | ({} if head_dim is None else {"attention_head_dim": head_dim})
+    tensors = open_tensors(path, part)
+    with _naming(str(path)):
+        try:
+            return replace(recognise(tensors, settings, precision), where=str(path))
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"its shapes or its config.json are of no network ({error})") from error
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Says in errors which of several checkpoints they are about."""
+    try:
+        yield
+    except (CheckpointError, ConfigError) as error:
+        if where in str(error):
+            raise
+        raise type(error)(f"{where}: {error}") from error
+
+
 def recognise(tensors: Tensors, settings: Settings = {}, precision: Precision | None = None) -> Network:  # noqa: B006
     """Finds out which network a checkpoint is of.
 
@@ -161,7 +209,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: is not JSON ({error}); download it again") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file}: holds no settings; download it again")

@@ -25,8 +25,6 @@ DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -133,7 +131,9 @@ def _only_checkpoint(directory: Path) -> Path:
             raise CheckpointError(f"{directory}: holds several checkpoints ({names}); name the one that you mean")
         if found:
             return found[0]
-    raise CheckpointError(f"{directory}: holds no checkpoint")
+    inside = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    hint = f"; name one of its folders, such as {inside[0]}" if inside else ""
+    raise CheckpointError(f"{directory}: holds no checkpoint{hint}")
 
 
 def _safetensors(path: Path) -> dict[str, Stored]:

@@ -179,6 +179,10 @@ def _compare(found: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
             first = ", ".join(sorted(names)[:3])
             raise CheckpointError(f"the checkpoint {title} {len(names)} tensors of this network, such as {first}")
     for name, shape in wanted.items():
+        if not jnp.issubdtype(found[name].dtype, jnp.floating):
+            raise CheckpointError(
+                f"{name} is {found[name].dtype}; weights are floats, quantized ones are not read here"
+            )
         if found[name].shape != shape:
             given = list(found[name].shape)
             raise CheckpointError(f"{name} is {given} in the checkpoint, this network's is {list(shape)}")

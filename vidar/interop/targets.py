@@ -5,10 +5,11 @@ folder is written aside and moved when all of it is there, so that an interrupte
 knows files and names; what the names mean is decided elsewhere.
 """
 
+import fcntl
 import json
 import logging
 import math
-import re
+import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -43,8 +44,9 @@ def save_tensors(
 
     Args:
         path: A `.pt` file, which gets the network as `generator_ema` with Self Forcing's `model.` before each name; a
-            `.safetensors` file; or a directory, which gets `stem.safetensors`, in shards with an index where one file
-            would be larger than a shard. Until a directory is complete, its files lie in `stem.part` inside it.
+            `.pth` file, which gets the tensors by their own names, as Wan's; a `.safetensors` file; or a directory,
+            which gets `stem.safetensors`, in shards with an index where one file would be larger than a shard. Until a
+            directory is complete, its files lie in `stem.part` inside it.
         tensors: Tensors by name.
         stem: Name of the files in a directory.
         shard: Largest number of bytes of a file, unless a single tensor is larger.
@@ -65,6 +67,9 @@ def save_tensors(
     if path.suffix == ".pt":
         write_torch_file(path, {_PART: {f"model.{name}": stored for name, stored in tensors.items()}}, progress)
         return [path]
+    if path.suffix == ".pth":
+        write_torch_file(path, dict(tensors), progress)
+        return [path]
     shards = _shards(tensors, shard)
     if path.suffix == ".safetensors":
         if len(shards) > 1:
@@ -75,7 +80,7 @@ def save_tensors(
         _save(path, shards[0], progress)
         return [path]
     if path.suffix[1:].isalpha() and not path.is_dir():  # Wan2.1 is a directory's name
-        raise ConfigError(f"{path}: unknown kind of file; name a .safetensors or .pt file, or a directory")
+        raise ConfigError(f"{path}: unknown kind of file; name a .safetensors, .pth or .pt file, or a directory")
     return _save_directory(path, shards, stem, source, progress)
 
 
@@ -94,7 +99,7 @@ def fingerprint(*sources: str | Path | None, **options: Any) -> str:
     Returns:
         Names, sizes and times of the files, and the options.
     """
-    files = [file for source in sources if source is not None for file in _files(Path(source))]
+    files = [file for source in sources if source is not None for file in checkpoint_files(Path(source))]
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return json.dumps({"files": stats, "options": options}, sort_keys=True)
 
@@ -120,8 +125,15 @@ def _save_directory(
     names = names if count > 1 else [f"{stem}.safetensors"]
     index = f"{stem}{INDEX_SUFFIX}"
     work = path / f"{stem}.part"
+    make_directory(path, CheckpointError)
+    lock = os.open(path, os.O_RDONLY)
     try:
-        _check_free(path, stem, [*names, index] if count > 1 else names)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise ConfigError(f"{path}: another conversion is writing here; wait for it, or name another one") from error
+    try:
+        _check_free(path, [*names, index] if count > 1 else names)
         _begin(work, source)
         kept = 0
         for name, part in zip(names, shards, strict=True):
@@ -146,6 +158,7 @@ def _save_directory(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another"
         ) from error
     finally:
+        os.close(lock)
         if source is None or not any(work.glob("*.safetensors")):
             with suppress(OSError):
                 _empty(work)
@@ -153,11 +166,11 @@ def _save_directory(
     return [path / name for name in names]
 
 
-def _check_free(path: Path, stem: str, names: list[str]) -> None:
+def _check_free(path: Path, names: list[str]) -> None:
     """Refuses a directory in which files of another checkpoint would lie between the new ones."""
-    own = re.compile(rf"{re.escape(stem)}((-\d+-of-\d+)?\.safetensors|{re.escape(INDEX_SUFFIX)})")
     there = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
-    others = [name for name in there if own.fullmatch(name) and name not in names]
+    kinds = (".safetensors", INDEX_SUFFIX, *TORCH_SUFFIXES)
+    others = [name for name in there if name.endswith(kinds) and name not in names]
     if others:
         raise ConfigError(f"{path}: holds {others[0]} of another checkpoint; delete it, or name another directory")
 
@@ -179,7 +192,7 @@ def _empty(work: Path) -> None:
         file.unlink()
 
 
-def _files(path: Path) -> list[Path]:
+def checkpoint_files(path: Path) -> list[Path]:
     """The files that a checkpoint may consist of, with the settings beside them."""
     suffixes = (".safetensors", ".json", *TORCH_SUFFIXES)
     if path.is_file() and not path.name.endswith(INDEX_SUFFIX):

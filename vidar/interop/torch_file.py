@@ -7,6 +7,7 @@ checksums when they are read.
 
 import collections
 import io
+import itertools
 import math
 import pickle
 import struct
@@ -44,20 +45,21 @@ _DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, Inde
 Progress = Callable[[int], Any]  # told a number of bytes whenever so many more are done
 
 
-def write_torch_file(path: str | Path, networks: Mapping[str, Tensors], progress: Progress = int) -> None:
-    """Writes networks as `torch.save` would, one tensor in memory at a time.
+def write_torch_file(path: str | Path, content: Mapping[str, Stored | Tensors], progress: Progress = int) -> None:
+    """Writes tensors as `torch.save` would, one in memory at a time.
 
     Args:
         path: The file.
-        networks: Tensors by name, by the network's name, such as `generator_ema`.
+        content: Tensors by name, or those of several networks by the network's name, such as `generator_ema`.
         progress: Called with the number of bytes of each tensor that is written, such as `tqdm.update`.
 
     Raises:
         CheckpointError: It cannot be written.
     """
-    flat = [stored for tensors in networks.values() for stored in tensors.values()]
+    values = [[entry] if isinstance(entry, Stored) else entry.values() for entry in content.values()]
+    flat = [stored for entries in values for stored in entries]
     with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", _pickled(networks))
+        archive.writestr("archive/data.pkl", _pickled(content))
         archive.writestr("archive/byteorder", b"little")
         for number, stored in enumerate(flat):
             _write_storage(archive, f"archive/data/{number}", np.ascontiguousarray(stored.read()))
@@ -77,25 +79,26 @@ def _write_storage(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> No
         file.write(array.reshape(-1).view(np.uint8).data)
 
 
-def _pickled(networks: Mapping[str, Tensors]) -> bytes:
+def _pickled(content: Mapping[str, Stored | Tensors]) -> bytes:
     """The pickle of nested dictionaries of tensors, opcode by opcode: pickle itself would import PyTorch."""
-    names = {np.dtype(dtype): name for name, dtype in _STORAGES.items()}
-    parts, number = [b"\x80\x02"], 0
-    empty = b"ccollections\nOrderedDict\n)R"
-    parts.append(b"}(")
-    for network, tensors in networks.items():
-        parts += [_text(network), b"}("]
-        for name, stored in tensors.items():
-            strides = np.cumprod([1, *stored.shape[:0:-1]])[::-1] if stored.shape else ()
-            count = math.prod(stored.shape)
-            storage = b"(" + _text("storage") + f"ctorch\n{names[stored.dtype]}\n".encode()
-            storage += _text(str(number)) + _text("cpu") + _number(count) + b"tQ"
-            shape, steps = (b"(" + b"".join(map(_number, values)) + b"t" for values in (stored.shape, strides))
-            parts.append(_text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _number(0))
-            parts.append(shape + steps + b"\x89" + empty + b"tR")
-            number += 1
-        parts.append(b"u")
-    return b"".join([*parts, b"u."])
+    names, numbers = {np.dtype(dtype): name for name, dtype in _STORAGES.items()}, itertools.count()
+
+    def tensor(stored: Stored) -> bytes:
+        strides = np.cumprod([1, *stored.shape[:0:-1]])[::-1] if stored.shape else ()
+        storage = b"(" + _text("storage") + f"ctorch\n{names[stored.dtype]}\n".encode()
+        storage += _text(str(next(numbers))) + _text("cpu") + _number(math.prod(stored.shape)) + b"tQ"
+        shape, steps = (b"(" + b"".join(map(_number, values)) + b"t" for values in (stored.shape, strides))
+        rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _number(0)
+        return rebuilt + shape + steps + b"\x89" + b"ccollections\nOrderedDict\n)R" + b"tR"
+
+    def dictionary(content: Mapping[str, Stored | Tensors]) -> bytes:
+        entries = (
+            _text(name) + (tensor(entry) if isinstance(entry, Stored) else dictionary(entry))
+            for name, entry in content.items()
+        )
+        return b"}(" + b"".join(entries) + b"u"
+
+    return b"\x80\x02" + dictionary(content) + b"."
 
 
 def _text(text: str) -> bytes:
@@ -176,7 +179,10 @@ class _Archive:
         start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         if not count:
             return np.zeros((0,), dtype)
-        stored = np.memmap(self.path, np.uint8, "r", start, (entry.file_size,))
+        try:
+            stored = np.memmap(self.path, np.uint8, "r", start, (entry.file_size,))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: storage {name} lies outside the file; download it again") from error
         if name not in self.checked and zlib.crc32(stored.data) != entry.CRC:
             raise CheckpointError(f"{self.path}: storage {name} does not have its checksum; download it again")
         self.checked.add(name)

@@ -75,7 +75,10 @@ def dit_config(tensors: Tensors, head_dim: int = 128, precision: Precision | Non
 
     width, patch = size("patch.bias", 0), size("patch.kernel", 3)
     if width % head_dim:
-        raise CheckpointError(f"the network is {width} wide, which heads of {head_dim} channels do not fill")
+        raise CheckpointError(
+            f"the network is {width} wide, which heads of {head_dim} channels do not fill: give theirs (--head-dim, or "
+            "attention_head_dim in config.json)"
+        )
     layers = 0
     while name("blocks.modulation.table", layers) in tensors:
         layers += 1

@@ -315,7 +315,8 @@ def _description(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         header = json.loads((metadata or {}).get("vidar", "null"))
     except ValueError as error:
         raise _damaged(path, error) from error
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+    known = isinstance(header, dict) and {"identity", "length", "checksums"} <= header.keys()
+    if not known or header.get("schema") != SCHEMA:
         raise DataError(f"{path}: no text states of schema {SCHEMA}; choose a directory that holds nothing else")
     return header
 

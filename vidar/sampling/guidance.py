@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vidar.attention.cache import ConditionCache
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
 from vidar.models.frames import Conditions
 
 
@@ -27,6 +27,7 @@ class Branch:
     drops: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_range("guidance.coefficient", self.coefficient)
         unknown = set(self.drops) - {"text", "actions", "label"}
         if unknown:
             raise ConfigError(f"guidance drops {sorted(unknown)}: only text, actions and label can be dropped")

@@ -203,10 +203,10 @@ class Engine:
         """
         template = replace(self._state, key=jax.random.key_data(self._state.key))
         leaves, tree = jax.tree.flatten((template, self._label))
-        given = snapshot.get("state", ()) if isinstance(snapshot, dict) else ()
-        if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in given]:
+        wanted = {"state": leaves, "codec": self._codec_state, "ahead": np.zeros(2, np.int32)}
+        if _forms(snapshot) != _forms(wanted):
             raise ConfigError("this is no snapshot of an engine with the same model, window and number of sessions")
-        state, self._label = jax.tree.unflatten(tree, [self._place(leaf) for leaf in given])
+        state, self._label = jax.tree.unflatten(tree, [self._place(leaf) for leaf in snapshot["state"]])
         self._state = replace(state, key=jax.random.wrap_key_data(state.key))
         self._codec_state = jax.tree.map(self._place, snapshot["codec"])
         self._ramp, self._lead = snapshot["ahead"].tolist()
@@ -321,3 +321,9 @@ class Engine:
         if isinstance(kind, DiscreteActions) and not np.all((array >= 0) & (array < kind.count)):
             raise ConfigError(f"actions {array.tolist()} should be in 0 … {kind.count - 1}")
         return self._place(np.ascontiguousarray(np.broadcast_to(array.astype(idle.dtype), idle.shape)))
+
+
+def _forms(tree: Any) -> tuple[Any, list[Any]]:
+    """Structure, shapes and types of a tree of arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(getattr(leaf, "shape", None), getattr(leaf, "dtype", None)) for leaf in leaves]

@@ -62,6 +62,9 @@ class WanVAEConfig(Geometry):
             )
         if len(self.mean) != len(self.deviation):
             raise ConfigError("codec.mean and codec.deviation have different lengths")
+        for mean, deviation in zip(self.mean, self.deviation, strict=True):
+            check_range("codec.mean", mean)
+            check_range("codec.deviation", deviation, above=0)
 
     @property
     def channels(self) -> int:
