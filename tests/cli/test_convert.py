@@ -129,7 +129,7 @@ def test_mistakes_get_one_line(tmp_path, capsys):
     refused("unknown kind of file", **{"head-dim": 24, "output": tmp_path / "y.gguf"})
     for output in (tmp_path / "x", tmp_path / "x" / "model.safetensors"):
         refused("where the source or the adapter lies", **{"head-dim": 24, "output": output})
-    refused("where the source lies", source=tmp_path / "x" / "model.safetensors", output=tmp_path / "x")
+    refused("where the source or the adapter lies", source=tmp_path / "x" / "model.safetensors", output=tmp_path / "x")
     save_tensors(tmp_path / "x", {name: tensor for name, tensor in tensors.items() if "norm2.bias" not in name})
     refused("lacks 2 tensors", "blocks.0.norm2.bias", **{"head-dim": 24})
     save_tensors(tmp_path / "x", {"lora_A": tensors["proj_out.bias"]})
