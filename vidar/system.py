@@ -299,7 +299,11 @@ def compose(config: SystemConfig) -> System:
 
 
 def streaming_sampler(
-    system: System, window: int | None = None, sink: int | None = None, positions: str | None = None
+    system: System,
+    window: int | None = None,
+    sink: int | None = None,
+    positions: str | None = None,
+    first: bool = False,
 ) -> Sampler:
     """The system's sampler with a context for endless video.
 
@@ -308,6 +312,7 @@ def streaming_sampler(
         window: Frames a chunk may see; None takes the trained window, or the training length where there was none.
         sink: First frames that stay in view; None takes the trained sink.
         positions: `"absolute"` or `"relative"`; None takes the trained choice.
+        first: Whether a first frame, which is given, is a chunk of its own although none was in training.
 
     Returns:
         The sampler.
@@ -316,14 +321,18 @@ def streaming_sampler(
         ConfigError: The ring does not align with the chunks.
     """
     trained, video = system.config.context, system.config.video
+    alone = first and not video.independent_first_frame
+    # A frame of its own stays in view unless said otherwise, beside what was in view in training.
+    head = 1 % video.chunk if alone else 0
     context = ContextConfig(
-        (trained.window or video.frames) if window is None else window,
-        trained.sink if sink is None else sink,
+        (trained.window or video.frames) + head if window is None else window,
+        trained.sink + head if sink is None else sink,
         positions or trained.positions,
     )
-    context.check(video.chunk, video.independent_first_frame)
+    first = first or video.independent_first_frame
+    context.check(video.chunk, first)
     visibility = _generation(replace(system.config, context=context))
-    return replace(system.sampler, context=context, visibility=visibility)
+    return replace(system.sampler, context=context, visibility=visibility, first=first)
 
 
 def windowed(visibility: Visibility, context: ContextConfig) -> Visibility:

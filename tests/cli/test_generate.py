@@ -121,6 +121,23 @@ def test_students_adapters_and_tiny_decoders_are_used(folder, tmp_path):
     assert difference(base, off) == 0
 
 
+def test_a_student_streams_a_prompt_from_noise_and_from_an_image(folder, tmp_path, capsys):
+    write_video(tmp_path / "first.mp4", picture()[0][None], fps=1, scale=1)
+    model = ["--model", str(folder), *STUDENT[:-2], "--prompt", "a red fox"]
+    for name, arguments, frames in (
+        ("noise", ["--window", "6", "--frames", "30"], 33),
+        ("image", ["--frames", "24", "--first", str(tmp_path / "first.mp4")], 25),
+    ):
+        out = tmp_path / f"{name}.mp4"
+        assert main(["stream", *model, *arguments, "--output", str(out)]) == 0
+        assert "few_step, 4 steps, shift 5, no guidance, chunks of 3 latent frames" in capsys.readouterr().err
+        video = read_video(out)
+        assert len(video) == frames
+        assert video[-1].std() > 5
+    assert main(["stream", "--model", str(folder), *SMALL, "--prompt", "a", "--output", str(tmp_path / "x.mp4")]) == 2
+    assert "to stream, it must be causal (--recipe self_forcing)" in capsys.readouterr().err
+
+
 def test_text_states_are_prepared_once(folder, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red fox\ntwo dogs\na red  fox\n")

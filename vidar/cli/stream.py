@@ -37,7 +37,6 @@ def run(options: argparse.Namespace) -> int:
     import signal
     import sys
     import time
-    from dataclasses import replace
 
     from tqdm import tqdm
 
@@ -61,10 +60,9 @@ def run(options: argparse.Namespace) -> int:
             f"{options.model}: makes whole clips at once; to stream, it must be causal (--recipe self_forcing)"
         )
     positions = "relative" if options.relative else None
-    sampler = streaming_sampler(system, options.window, options.sink, positions)
-    if options.first is not None and options.given == 1 and sampler.chunk > 1:
-        sampler = replace(sampler, first=True)  # a single image is a chunk of its own
-        sampler.context.check(sampler.chunk, True)
+    # A single image is a chunk of its own.
+    alone = options.first is not None and options.given == 1 and system.config.video.chunk > 1
+    sampler = streaming_sampler(system, options.window, options.sink, positions, first=alone)
     engine = Engine(sampler, pipeline.codec, model, text=text)
     video = system.config.video
     step = pipeline.codec.config.frames_per_latent
