@@ -134,7 +134,7 @@ def test_ring_that_does_not_align_is_refused(root, capsys):
 
 def test_missing_model_data_and_files_are_refused(root, capsys, tmp_path):
     output = ["--output", str(tmp_path / "x.mp4")]
-    refused(capsys, ["stream", "--model", str(tmp_path / "nothing"), *output], "nothing", "run")
+    refused(capsys, ["stream", "--model", str(tmp_path / "nothing"), *output], "nothing", "no such file or folder")
     refused(capsys, ["generate", "--model", str(root / "run"), *output, "--first", str(tmp_path / "no.png")], "no.png")
     refused(
         capsys, ["generate", "--model", str(root / "run"), *output, "--frames", "4", "--actions", "9"], "'9'", "0 to 4"
