@@ -41,7 +41,16 @@ _STORAGES = {
 }
 _LOCAL_HEADER = 30
 _ALIGNMENT = 64
-_DAMAGED = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError)
+_DAMAGED = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    pickle.UnpicklingError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    ValueError,
+)
 Progress = Callable[[int], Any]  # told a number of bytes whenever so many more are done
 
 
