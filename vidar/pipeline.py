@@ -315,11 +315,10 @@ def fitted(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _published(folder: Folder, choices: Choices, progress: Progress) -> Pipeline:
-    if folder.vae is None and choices.decoder is None:
+    kind, place = ("vae", folder.vae) if choices.decoder is None else ("tiny_vae", Path(choices.decoder))
+    if place is None:
         raise CheckpointError(f"{folder.transformer.parent}: has no VAE; add it, or name a tiny one (decoder)")
-    codec = _network("vae", folder.vae, choices.codec_precision, progress) if folder.vae is not None else None
-    if choices.decoder is not None:
-        codec = _network("tiny_vae", Path(choices.decoder), choices.codec_precision, progress)
+    codec = _network(kind, place, choices.codec_precision, progress)
     path = folder.transformer if choices.weights is None else Path(choices.weights)
     # A student's file says nothing of its heads: they are those of the folder's own transformer.
     found = open_network(path, choices.part, Precision(choices.precision, choices.precision), folder.transformer)

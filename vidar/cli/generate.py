@@ -123,8 +123,7 @@ def _write(options: argparse.Namespace, pipeline: Any, prompt: str | None, path:
     if actions is not None:
         shown["actions"] = np.repeat(actions, options.clips, axis=0)
     clips = pipeline.generate(frames, **shown)
-    rate = (16.0 if model.text else 8.0) if options.fps is None else options.fps
-    with VideoWriter(path, rate) as writer:
+    with VideoWriter(path, published.rate(options, pipeline)) as writer:
         try:
             writer.append(np.concatenate(list(clips), axis=2))
         except BaseException:

@@ -55,6 +55,12 @@ def load(options: argparse.Namespace, **changes: Any) -> Any:
     return pipeline
 
 
+def rate(options: argparse.Namespace, pipeline: Any) -> float:
+    """Frames per second of a video, for an option `--fps` that may be left out."""
+    usual = 8.0 if pipeline.model.config.text is None else 16.0
+    return usual if options.fps is None else options.fps
+
+
 def described(pipeline: Any) -> str:
     """How a pipeline samples, in a few words."""
     sampler = pipeline.system.sampler

@@ -80,9 +80,7 @@ def run(options: argparse.Namespace) -> int:
     mistake = None
     terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
-        VideoWriter(
-            options.output, (16.0 if text is not None else 8.0) if options.fps is None else options.fps
-        ) as writer,
+        VideoWriter(options.output, published.rate(options, pipeline)) as writer,
         tqdm(total=options.frames or None, unit="frame") as bar,
     ):
         if shown is not None:

@@ -172,12 +172,12 @@ def _naming(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from error
 
 
-def recognise(tensors: Tensors, settings: Settings = {}, precision: Precision | None = None) -> Network:  # noqa: B006
+def recognise(tensors: Tensors, settings: Settings | None = None, precision: Precision | None = None) -> Network:
     """Finds out which network a checkpoint is of.
 
     Args:
         tensors: The checkpoint.
-        settings: What stands beside it in `config.json`, for what no shape tells.
+        settings: What stands beside it in `config.json`, for what no shape tells; None for nothing.
         precision: Types of the network; None for the kind's own.
 
     Returns:
@@ -189,7 +189,7 @@ def recognise(tensors: Tensors, settings: Settings = {}, precision: Precision | 
     tensors = clip.unpacked(tensors)
     for name, kind in KINDS.items():
         if any(mark in tensors for mark in kind.marks):
-            config, layout = kind.config(tensors, settings, precision)
+            config, layout = kind.config(tensors, settings or {}, precision)
             return Network(name, config, layout, kind.template(config), kind.table(config), tensors)
     first = ", ".join(list(tensors)[:3])
     raise CheckpointError(f"no network that is known here ({', '.join(KINDS)}): it has {first} …")

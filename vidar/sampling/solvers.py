@@ -4,6 +4,7 @@ A solver owns its grid of levels, from 1 (pure noise) to 0 (clean), and says how
 remembers from step to step; the chunks in flight carry them, each its own. This room must not know networks or plans.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -117,7 +118,7 @@ class FewStep:
 
 
 @dataclass(frozen=True)
-class _Multistep:
+class _Multistep(ABC):
     """Deterministic solvers that remember clean predictions: each step is a weighted sum of what there is.
 
     Attributes:
@@ -155,8 +156,8 @@ class _Multistep:
         inner = np.minimum(levels[:-1], 1.0 - 1e-6)
         return self._weights(levels, np.append(np.log1p(-inner) - np.log(inner), np.inf))
 
-    def _weights(self, level: np.ndarray, ratio: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def _weights(self, level: np.ndarray, ratio: np.ndarray) -> np.ndarray: ...
 
     def step(
         self,

@@ -4,26 +4,28 @@ A codec is a network, or anything that JAX can pass as an argument, with `config
 for clips; and `init_state`, `decode_chunk` for streams. The pixel codec has no weights and is its own config.
 """
 
+from abc import ABC, abstractmethod
+
 from vidar.errors import ConfigError
 
 
-class Geometry:
+class Geometry(ABC):
     """Sizes of pixels and latents; the first latent frame is one pixel frame, each other `frames_per_latent`."""
 
     @property
+    @abstractmethod
     def channels(self) -> int:
         """Latent channels."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def patch(self) -> int:
         """Pixels of a latent's side."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def frames_per_latent(self) -> int:
         """Pixel frames of a latent frame but the first."""
-        raise NotImplementedError
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Latent height and width of a frame of `height` × `width` pixels.
