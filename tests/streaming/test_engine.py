@@ -33,6 +33,7 @@ STEPS = FewStep((1000.0, 500.0))
 class Floats(Geometry):
     """A codec whose pixels are the latents, so that streams are compared before rounding; it counts its frames."""
 
+    channels: ClassVar[int] = 3
     patch: ClassVar[int] = 1
     frames_per_latent: ClassVar[int] = 1
 
