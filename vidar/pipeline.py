@@ -4,7 +4,7 @@ Loads vidar's own models and those that others publish, in one form. This room m
 how videos are shown.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,9 +25,10 @@ from vidar.interop.sources import TORCH_SUFFIXES
 from vidar.interop.tables import Progress
 from vidar.models.frames import Conditions, row_labels
 from vidar.models.layers import Precision
+from vidar.models.text import byte_tokens
 from vidar.objectives.diffusion import Diffusion
 from vidar.preparation.embeddings import TextEncoder
-from vidar.preparation.tokenizer import Tokenizer
+from vidar.preparation.tokenizer import Tokenizer, check_prompts
 from vidar.sampling.guidance import classifier_free
 from vidar.sampling.noise import session_keys
 from vidar.sampling.rollout import Sampler
@@ -123,14 +124,14 @@ class Pipeline:
         system: The system that it belongs to.
         model: The network.
         codec: Latents to pixels and back.
-        text: Prompts to text states, where the network takes text.
+        text: Prompts to what the network takes of them: text states, or tokens where it encodes them itself.
         image: Encoder of the image that conditions the video, where the network takes one.
     """
 
     system: System
     model: Any
     codec: Any
-    text: TextEncoder | None = None
+    text: Callable[[Sequence[str]], np.ndarray] | None = None
     image: Any = None
 
     def generate(
@@ -166,6 +167,7 @@ class Pipeline:
         Raises:
             ConfigError: What was given does not fit the network, its plan or each other.
         """
+        check_prompts(prompts or ())
         config = self.codec.config
         length: int = frames or config.pixel_frames(self.system.config.video.frames)
         sized = [len(value) for value in (prompts, image, given) if value is not None]
@@ -221,7 +223,7 @@ class Pipeline:
         return array
 
     def states(self, prompts: Sequence[str] | None) -> np.ndarray | None:
-        """Text states of prompts `[b, s, c]`, or None for networks without text.
+        """Text states of prompts `[b, s, c]`, or tokens `[b, s]` for the network's own encoder; None without text.
 
         Raises:
             ConfigError: There are no prompts where there should be, or some where there should not.
@@ -285,7 +287,11 @@ def load_pipeline(source: str | Path, choices: Choices = Choices(), progress: Pr
         if choices != Choices():
             raise ConfigError(f"{source}: is a model of vidar's own, whose choices are made: give none")
         system, model = load(source)
-        return Pipeline(system, model, system.config.codec)
+        text = model.config.text
+        encoded = text is not None and text.encoder is not None
+        return Pipeline(
+            system, model, system.config.codec, partial(byte_tokens, length=text.length) if encoded else None
+        )
     return _published(Folder.find(source), choices, progress)
 
 

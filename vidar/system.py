@@ -5,9 +5,10 @@ knows all axes and nothing of drivers, disks or servers.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,16 +37,26 @@ from vidar.models.codecs.taehv import TAEHVConfig
 from vidar.models.codecs.wan_vae import WanVAEConfig
 from vidar.models.dit import DiT, DiTConfig
 from vidar.models.frames import Batch, Conditions
+from vidar.models.layers import FLOATS
+from vidar.models.lora import LoraConfig, init_adapters, merge
 from vidar.models.presets import preset
-from vidar.objectives import diffusion, self_forcing, teacher_forcing
+from vidar.objectives import consistency, diffusion, distillation, ode_regression, teacher_forcing
+from vidar.objectives.matching import GAN
 from vidar.objectives.protocol import Aux, Metrics, Networks, Objective, Phase, Role
 from vidar.sampling.axes import Axes
 from vidar.sampling.guidance import UNGUIDED, Guidance
 from vidar.sampling.rollout import Sampler
-from vidar.sampling.solvers import Euler, Solver
+from vidar.sampling.solvers import Euler, FewStep, Solver
+from vidar.sharding import Rules
 from vidar.weights import SUFFIX, load_weights, read_meta
 
-Objectives = diffusion.Diffusion | teacher_forcing.TeacherForcing | self_forcing.SelfForcing
+Objectives = (
+    diffusion.Diffusion
+    | teacher_forcing.TeacherForcing
+    | distillation.Distillation
+    | consistency.Consistency
+    | ode_regression.OdeRegression
+)
 Codec = PixelCodec | WanVAEConfig | TAEHVConfig
 Pattern = Bidirectional | ChunkCausal | TeacherForcing | Identity | KeyRange
 
@@ -87,6 +98,32 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class RoleConfig:
+    """What one role's network takes of the machine; what is None stays as the objective has it.
+
+    Attributes:
+        dtype: Storage type of frozen parameters.
+        rules: Logical axes of its parameters to mesh axes.
+        lora: Low-rank adapters that are trained in place of its parameters.
+        ema_memory: Where its average waits: `"device"` or `"host"`.
+    """
+
+    dtype: str | None = None
+    rules: Rules | None = None
+    lora: LoraConfig | None = None
+    ema_memory: Literal["device", "host"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in FLOATS:
+            raise ConfigError(f"dtype={self.dtype!r} must be one of {', '.join(FLOATS)}")
+
+    def apply(self, role: Role) -> Role:
+        """The role with these choices."""
+        chosen = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return replace(role, **{name: value for name, value in chosen.items() if value is not None})
+
+
+@dataclass(frozen=True)
 class SystemConfig:
     """One choice on each axis.
 
@@ -95,7 +132,9 @@ class SystemConfig:
         video: Clips.
         codec: Pixels to latents.
         model: The student's network.
-        teacher: The network of teacher and critic; None for the student's.
+        teacher: The teacher's network; None for the student's.
+        critic: The critic's network; None for the teacher's.
+        roles: What each role's parameters cost: types, placement, adapters; by role.
         visibility: Who sees whom in training; the window is added from `context`.
         levels: Training levels.
         solver: Solver of generation.
@@ -110,6 +149,8 @@ class SystemConfig:
     codec: Codec = field(default_factory=PixelCodec)
     model: DiTConfig = field(default_factory=DiTConfig)
     teacher: DiTConfig | None = None
+    critic: DiTConfig | None = None
+    roles: Mapping[str, RoleConfig] = field(default_factory=dict)
     visibility: Pattern = field(default_factory=ChunkCausal)
     levels: LevelsConfig = field(default_factory=LevelsConfig)
     solver: Solver = field(default_factory=Euler)
@@ -140,7 +181,15 @@ class System:
 
     def model_config(self, role: str) -> DiTConfig:
         """Network of a role: teacher and critic may differ from the student."""
-        return self.config.teacher or self.config.model if role in ("teacher", "critic") else self.config.model
+        config = self.config
+        teacher = config.teacher or config.model
+        return {"teacher": teacher, "critic": config.critic or teacher}.get(role, config.model)
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """Roles of the objective, each with what the config says of it."""
+        none = RoleConfig()
+        return {name: self.config.roles.get(name, none).apply(role) for name, role in self.objective.roles.items()}
 
     def build(self, role: str, key: jax.Array) -> DiT:
         """Creates a role's network.
@@ -154,21 +203,34 @@ class System:
         """
         return DiT(self.model_config(role), rngs=nnx.Rngs(key))
 
+    def wrapped(self, role: str, network: Any, key: jax.Array) -> Any:
+        """A role's network with what is trained around it, which is new."""
+        wrap = self.roles[role].wrap
+        return network if wrap is None else wrap(network, key)
+
+    def trainable(self, role: str, key: jax.Array) -> Any:
+        """What is trained of a role, with random values: adapters, or the network with all around it."""
+        lora = self.roles[role].lora
+        if lora is not None:
+            return init_adapters(jax.eval_shape(partial(self.build, role), key), lora, key)
+        return self.wrapped(role, self.build(role, key), jax.random.fold_in(key, 1))
+
     def prepare(self, batch: Mapping[str, Any]) -> Batch:
         """Turns a batch of arrays as data pipelines yield them into what objectives see; runs inside a compiled step.
 
         Args:
-            batch: `pixels` uint8 `[b, f, h, w, 3]` (or `latents`), `index`, and conditions that the network uses.
+            batch: `pixels` uint8 `[b, f, h, w, 3]` (or `latents`), `index`, and conditions that the network uses;
+                `text` holds states `[b, s, c]`, or tokens `[b, s]` for a network with a text encoder.
 
         Returns:
-            The batch, with pixels encoded.
+            The batch, with pixels encoded; without latents where there are prompts alone.
 
         Raises:
             DataError: A condition that the network uses is missing, or pixels need a codec that has weights.
         """
         codec = self.config.codec
-        if "latents" in batch:
-            latents = batch["latents"]
+        if "latents" in batch or "pixels" not in batch:
+            latents = batch.get("latents")
         elif isinstance(codec, PixelCodec):
             latents = codec.encode(batch["pixels"])
         else:
@@ -179,7 +241,7 @@ class System:
         if missing:
             raise DataError(f"the network needs {' and '.join(missing)}, which the batches lack: {sorted(batch)}")
         conditions = Conditions(**{name: batch[name] for name, wanted in used.items() if wanted})
-        return Batch(latents, conditions, batch["index"].astype(jnp.int32))
+        return Batch(latents, conditions, batch["index"].astype(jnp.int32), batch.get("trajectory"))
 
 
 @dataclass(frozen=True)
@@ -195,7 +257,7 @@ class OnData:
     @property
     def roles(self) -> Mapping[str, Role]:
         """Roles of the objective."""
-        return self.system.objective.roles
+        return self.system.roles
 
     def init_aux(self) -> Aux:
         """Auxiliary state of the objective."""
@@ -232,7 +294,8 @@ def load(source: str | Path, role: str = "student") -> tuple[System, DiT]:
             raise CheckpointError(f"{source}: not a weights file of vidar's (its header has no systems)")
         _check_role(source, role, systems)
         system = compose(system_config(systems[role]))
-        return system, load_weights(source, role, _template(system, role))
+        template = jax.eval_shape(partial(system.build, role), jax.random.key(0))
+        return system, load_weights(source, role, template)
     directory = source / "checkpoints"
     if not directory.is_dir():
         raise CheckpointError(f"{source}: neither a {SUFFIX} file nor the directory of a run (no checkpoints/ in it)")
@@ -241,19 +304,25 @@ def load(source: str | Path, role: str = "student") -> tuple[System, DiT]:
         raise CheckpointError(f"{source}: its checkpoints do not say what they were trained with (meta has no config)")
     system = compose(system_config(meta["config"]))
     _check_role(source, role, [name for name, one in system.objective.roles.items() if one.optimizer is not None])
-    template = _template(system, role)
-    if system.objective.roles[role].ema is not None:
-        return system, load_item(directory, "ema", {role: template})[role]
-    return system, load_item(directory, "state", {"networks": {role: template}})["networks"][role]
+    template = jax.eval_shape(partial(system.trainable, role), jax.random.key(0))
+    choice = system.roles[role]
+    if choice.ema is not None:
+        trained = load_item(directory, "ema", {role: template})[role]
+    else:
+        trained = load_item(directory, "state", {"networks": {role: template}})["networks"][role]
+    if choice.lora is None:
+        return system, trained
+    return system, merge(load(choice.source, stored_role(choice.source, role))[1], trained)
+
+
+def stored_role(source: str, role: str) -> str:
+    """Under which role a source keeps what a role starts from: files name their roles, of a run it is the student."""
+    return "teacher" if role in ("teacher", "critic") and source.endswith(SUFFIX) else "student"
 
 
 def _check_role(source: Path, role: str, known: Collection[str]) -> None:
     if role not in known:
         raise CheckpointError(f"{source}: holds no network {role!r}; it has {', '.join(known) or 'none'}")
-
-
-def _template(system: System, role: str) -> Any:
-    return jax.eval_shape(lambda key: system.build(role, key), jax.random.key(0))
 
 
 def compose(config: SystemConfig) -> System:
@@ -273,8 +342,8 @@ def compose(config: SystemConfig) -> System:
     _check_video(video)
     check_range("drop", config.drop, least=0, most=1)
     config.context.check(video.chunk, video.independent_first_frame)
-    for role, network in (("model", model), ("teacher", config.teacher or model)):
-        if network.channels != config.codec.channels:
+    for role, network in (("model", model), ("teacher", config.teacher), ("critic", config.critic)):
+        if network is not None and network.channels != config.codec.channels:
             raise ConfigError(
                 f"{role}.channels={network.channels}, but the codec gives {config.codec.channels} channels"
             )
@@ -344,7 +413,8 @@ def system_config(mapping: Mapping[str, Any], cls: type = SystemConfig) -> Any:
     """Builds a config dataclass from a dictionary, filling presets in.
 
     Args:
-        mapping: Dictionary or `ConfigDict`; `model` and `teacher` may name a `preset` whose fields they override.
+        mapping: Dictionary or `ConfigDict`; `model`, `teacher` and `critic` may name a `preset`, whose fields they
+            override.
         cls: `SystemConfig` or a subclass.
 
     Returns:
@@ -354,7 +424,7 @@ def system_config(mapping: Mapping[str, Any], cls: type = SystemConfig) -> Any:
         ConfigError: Unknown key or preset, wrong type.
     """
     entries = {key: mapping[key] for key in mapping}
-    for role in ("model", "teacher"):
+    for role in ("model", "teacher", "critic"):
         given = entries.get(role)
         if given is not None and hasattr(given, "keys") and "preset" in given:
             given = {key: given[key] for key in given}
@@ -413,23 +483,51 @@ def _check_plan(config: SystemConfig, sampler: Sampler) -> None:
 
 def _check_objective(config: SystemConfig, sampler: Sampler) -> None:
     objective, pattern = config.objective, config.visibility
-    beside = isinstance(objective, teacher_forcing.TeacherForcing)
+    beside = getattr(objective, "beside", False)
     if isinstance(objective, Objectives) and beside != isinstance(pattern, TeacherForcing):
         raise ConfigError(
             f"objective {type(objective).__name__} and visibility {type(pattern).__name__} do not go together: "
-            "teacher_forcing needs visibility teacher_forcing, and only it does"
+            "visibility teacher_forcing is for objectives with clean clips beside noisy ones, which need it"
         )
-    if isinstance(objective, self_forcing.SelfForcing):
-        if config.plan.lag not in (None, config.solver.steps) or config.plan.commit.kind != "extra_pass":
-            raise ConfigError("self_forcing rolls out one chunk at a time: use plan.lag=None and an extra_pass commit")
-        chunks = chunk_layout(config.video.frames, config.video.chunk, independent_first_frame=sampler.first).chunks
-        if not 0 <= objective.given <= chunks[-1]:
-            raise ConfigError(
-                f"objective.given={objective.given} of {chunks[-1] + 1} chunks leaves none to generate: "
-                f"give 0 … {chunks[-1]}"
-            )
-        if config.video.independent_first_frame and not objective.given:
-            raise ConfigError("self_forcing with an independent first frame needs it given: set objective.given=1")
+    if isinstance(objective, distillation.Distillation):
+        _check_distillation(config, objective, sampler)
+    if isinstance(objective, ode_regression.OdeRegression):
+        _check_ode_regression(config, objective, sampler)
     levels = getattr(config.levels.base, "levels", None)
     if levels is not None and not np.all(np.diff(levels) < 0):
         raise ConfigError(f"levels.base.levels={levels} must descend")
+
+
+def _check_ode_regression(config: SystemConfig, objective: ode_regression.OdeRegression, sampler: Sampler) -> None:
+    video = config.video
+    chunks = chunk_layout(video.frames, video.chunk, independent_first_frame=sampler.first).chunks[-1] + 1
+    if objective.given >= chunks:
+        raise ConfigError(
+            f"objective.given={objective.given} of {chunks} chunks leaves none to learn: give 0 … {chunks - 1}"
+        )
+
+
+def _check_distillation(config: SystemConfig, objective: distillation.Distillation, sampler: Sampler) -> None:
+    forcing, video = objective.forcing, config.video
+    if config.plan.lag not in (None, config.solver.steps) or config.plan.commit.kind != "extra_pass":
+        raise ConfigError("distillation rolls out one chunk at a time: use plan.lag=None and an extra_pass commit")
+    if not isinstance(config.solver, FewStep):
+        raise ConfigError(
+            f"distillation makes a few-step student: use solver.kind='few_step', not {config.solver.kind!r}"
+        )
+    chunks = chunk_layout(video.frames, video.chunk, independent_first_frame=sampler.first).chunks
+    if not 0 <= forcing.given <= chunks[-1]:
+        raise ConfigError(
+            f"objective.forcing.given={forcing.given} of {chunks[-1] + 1} chunks leaves none to generate: "
+            f"give 0 … {chunks[-1]}"
+        )
+    if video.independent_first_frame and not forcing.given:
+        raise ConfigError("distillation with an independent first frame needs it given: set objective.forcing.given=1")
+    frames = objective.frames
+    if frames is not None and (frames < video.frames or (frames - video.frames) % video.chunk):
+        raise ConfigError(
+            f"objective.forcing.frames={frames} must be video.frames={video.frames} "
+            f"and whole chunks of {video.chunk} more"
+        )
+    if isinstance(objective.matching, GAN):
+        objective.matching.heads.blocks((config.critic or config.teacher or config.model).layers)

@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 
-from vidar.data.world import States, WorldConfig, caption, sample_actions, simulate
-from vidar.data.world.simulation import COLOURS
+from vidar.data.world import (
+    COLOURS,
+    Clause,
+    States,
+    WorldConfig,
+    caption,
+    clauses,
+    parse,
+    sample_actions,
+    simulate,
+)
+from vidar.errors import DataError
 
 BALL, SQUARE, TRIANGLE = range(3)
 RED, BLUE = 0, 4
@@ -71,3 +81,29 @@ def test_every_shape_that_is_seen_is_named_once():
             seen = index in states.colour[states.present.any(axis=0)]
             assert text.count(name) == seen
     assert entering > 5
+
+
+def test_a_caption_is_read_back_clause_by_clause():
+    config = WorldConfig(size=32, shapes=3)
+    for seed in range(60):
+        states = simulate(config, seed, sample_actions(config, seed, 16))
+        assert parse(caption(states)) == clauses(states)
+    wanted = (Clause(RED, BALL, "moves left"), Clause(BLUE, SQUARE, "stays"), Clause(5, TRIANGLE, "enters"))
+    assert parse("a red ball moves left and a blue square stays, then a magenta triangle enters") == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "red ball falls",
+        "a pink ball falls",
+        "a red cube falls",
+        "a red ball",
+        "a red ball enters and a blue ball stays",
+        "a red ball falls, then a blue ball stays",
+    ],
+)
+def test_what_is_no_caption_is_refused(text):
+    with pytest.raises(DataError, match="caption"):
+        parse(text)

@@ -12,7 +12,7 @@ from vidar.diffusion.levels import Independent, LevelsConfig
 from vidar.models.dit import TextConfig
 from vidar.models.frames import Batch
 from vidar.models.placement import logical_axes
-from vidar.objectives import diffusion, self_forcing, teacher_forcing
+from vidar.objectives import diffusion, distillation, teacher_forcing
 from vidar.sampling.axes import Axes
 from vidar.sampling.noise import session_keys
 from vidar.sampling.solvers import FewStep
@@ -29,7 +29,7 @@ AXES = Axes(LevelsConfig(base=Independent()), ChunkCausal(), PLAN, drop=0.3)
 LOSSES = {
     "teacher_forcing": (teacher_forcing.TeacherForcing(0.1), replace(AXES, visibility=TeacherForcing())),
     "diffusion": (diffusion.Diffusion(weight="bump", shift=3.0), AXES),
-    "self_forcing": (self_forcing.SelfForcing(), AXES),
+    "self_forcing": (distillation.Distillation(), AXES),
 }
 
 

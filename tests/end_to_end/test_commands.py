@@ -95,7 +95,7 @@ def test_self_forcing_starts_from_trained_runs(root):
     teacher = train(root, 1, card="configs/world/teacher.py", workdir="teacher")
     assert main(teacher) == 0
     sources = [f"--config.objective.student={root / 'run'}", f"--config.objective.teacher={root / 'teacher'}"]
-    assert main(train(root, 2, *sources, card="configs/world/self_forcing.py", workdir="forced")) == 0
+    assert main(train(root, 2, *sources, card="configs/systems/self_forcing_dmd.py", workdir="forced")) == 0
     rows = [json.loads(line) for line in (root / "forced" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["updates/student"] == 1
     assert rows[1]["updates/critic"] == 2

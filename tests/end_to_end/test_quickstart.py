@@ -10,13 +10,17 @@ from vidar.system import load
 from vidar.training.experiment import load_run_config, portable_dict, system_dict
 from vidar.weights import read_meta
 
-ROLES = [("student", "teacher_forcing"), ("student", "self_forcing"), ("teacher", "teacher")]
+ROLES = [
+    ("student", "world/teacher_forcing"),
+    ("student", "systems/self_forcing_dmd"),
+    ("teacher", "world/teacher"),
+]
 
 
 @pytest.mark.parametrize(("role", "card"), ROLES)
 def test_shipped_weights_fit_the_cards(role, card):
     system, _ = load(shipped(), role)
-    config = load_run_config(f"configs/world/{card}.py")
+    config = load_run_config(f"configs/{card}.py")
     assert system.config.model == config.model
     assert system.config.codec == config.codec
     assert (system.config.video.height, system.config.video.width) == (config.video.height, config.video.width)
@@ -36,7 +40,7 @@ def test_nonsense_is_refused_before_anything_is_made(minutes, tmp_path, capsys):
 
 
 def test_weights_that_travel_name_no_places():
-    config = load_run_config("configs/world/self_forcing.py")
+    config = load_run_config("configs/systems/self_forcing_dmd.py")
     assert "runs/world_teacher" in json.dumps(system_dict(config))
     assert "runs/" not in json.dumps(portable_dict(config))
     header = read_meta(shipped())

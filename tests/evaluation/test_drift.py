@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vidar import ConfigError
-from vidar.evaluation.drift import curve, drift, plot
+from vidar.evaluation.drift import curve, drift, latent_rms, plot
 from vidar.evaluation.sheets import contact_sheet
 from vidar.evaluation.writing import replaced
 
@@ -116,3 +116,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         unfinished.write_text("new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_latent_frames_stand_for_their_pixel_frames():
+    latents = np.asarray([1.0, 2.0, -3.0])[None, :, None, None, None] * np.ones((2, 1, 2, 2, 4))
+    np.testing.assert_allclose(latent_rms(latents, 3), [[1, 2, 3]] * 2)
+    np.testing.assert_allclose(latent_rms(latents, 9), [[1, 2, 2, 2, 2, 3, 3, 3, 3]] * 2)
+    for frames in (2, 4, 8):
+        with pytest.raises(ConfigError, match=f"3 latent frames do not stand for {frames} pixel frames"):
+            latent_rms(latents, frames)

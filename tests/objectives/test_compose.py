@@ -29,6 +29,13 @@ TINY = {
 }
 
 
+DISTILLED = {"objective": {"kind": "distillation"}, "solver": {"kind": "few_step"}}
+
+
+def distilled(**forcing):
+    return dict(DISTILLED, objective={"kind": "distillation", "forcing": {"kind": "self", **forcing}})
+
+
 def composed(**changes):
     return compose(system_config(TINY | changes))
 
@@ -183,11 +190,21 @@ REFUSED = {
     "lag": (dict(plan={"lag": 60}), "lag=60"),
     "objective without its pattern": (dict(objective={"kind": "teacher_forcing"}), "do not go together"),
     "pattern without its objective": (dict(visibility={"kind": "teacher_forcing"}), "do not go together"),
-    "self forcing in a pipeline": (dict(objective={"kind": "self_forcing"}, plan={"lag": 1}), "one chunk at a time"),
-    "self forcing without a rest": (dict(objective={"kind": "self_forcing", "given": 2}), "leaves none to generate"),
-    "self forcing, first frame": (
-        dict(objective={"kind": "self_forcing"}, video={"frames": 5, "chunk": 2, "independent_first_frame": True}),
-        "objective.given=1",
+    "distillation in a pipeline": (dict(**DISTILLED, plan={"lag": 1}), "one chunk at a time"),
+    "distillation of many steps": (dict(objective={"kind": "distillation"}), "use solver.kind='few_step', not 'euler'"),
+    "distillation without a rest": (distilled(given=2), "leaves none to generate"),
+    "distillation, first frame": (
+        dict(**DISTILLED, video={"frames": 5, "chunk": 2, "independent_first_frame": True}),
+        "objective.forcing.given=1",
+    ),
+    "rollouts that are no clips": (distilled(frames=5), "must be video.frames=4 and whole chunks of 2 more"),
+    "clean clips that nobody sees": (
+        dict(DISTILLED, objective={"kind": "distillation", "forcing": {"kind": "teacher"}}),
+        "do not go together",
+    ),
+    "taps past the last block": (
+        dict(DISTILLED, objective={"kind": "distillation", "matching": {"kind": "gan", "heads": {"taps": [1]}}}),
+        "the critic has blocks -1 … 0",
     ),
     "unknown key": (dict(modell={}), "did you mean 'model'"),
     "unknown preset": (dict(model={"preset": "huge"}), "preset 'huge' is unknown"),
@@ -210,10 +227,10 @@ REFUSED = {
     "start of the average": (dict(objective={"kind": "diffusion", "ema_start": -5}), "ema_start=-5 must be at least 0"),
     "context noise": (dict(objective={"kind": "teacher_forcing", "context_noise": 2.0}), "context_noise=2.0 must be"),
     "negative average": (dict(objective={"kind": "teacher_forcing", "ema": -1.0}), "objective.ema=-1.0 must be"),
-    "generator": (dict(objective={"kind": "self_forcing", "generator_every": 0}), "generator_every=0 must be"),
+    "generator": (dict(objective={"kind": "distillation", "generator_every": 0}), "generator_every=0 must be"),
     "levels out of order": (
-        dict(objective={"kind": "self_forcing", "low": 0.9, "high": 0.1}),
-        "objective.high=0.1 must be above 0.9",
+        dict(objective={"kind": "distillation", "matching": {"kind": "dmd", "noise": {"low": 0.9, "high": 0.1}}}),
+        "noise.high=0.1 must be above 0.9",
     ),
     "drop": (dict(drop=1.5), "drop=1.5 must be at least 0 and at most 1"),
     "codec's patch": (dict(codec={"kind": "pixel", "patch": 0}), "codec.patch=0 must be at least 1"),

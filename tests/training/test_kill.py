@@ -122,15 +122,15 @@ def test_twenty_kills_of_self_forcing(tmp_path):
         values = [*(f"model.{part}" for part in small), f"data.directory={data}", "data.batch=4", *overrides]
         every = ["log_every=1", "save_every=5", "eval_every=100000", "sample_every=100000", "tensorboard=False"]
         values += [f"training.{part}" for part in every]
-        given = ["-m", "vidar.cli.main", "train", "--config", f"configs/world/{card}.py", "--workdir", str(workdir)]
+        given = ["-m", "vidar.cli.main", "train", "--config", f"configs/{card}.py", "--workdir", str(workdir)]
         return given + [f"--config.{value}" for value in values]
 
     for card in ("teacher_forcing", "teacher"):
-        assert start(command(card, tmp_path / card, "training.steps=5")).wait() == 0
+        assert start(command(f"world/{card}", tmp_path / card, "training.steps=5")).wait() == 0
     sources = [f"objective.student={tmp_path / 'teacher_forcing'}", f"objective.teacher={tmp_path / 'teacher'}"]
     rows = compare(
         tmp_path,
-        lambda workdir: command("self_forcing", workdir, *sources, f"training.steps={steps}"),
+        lambda workdir: command("systems/self_forcing_dmd", workdir, *sources, f"training.steps={steps}"),
         steps,
         kills=20,
         least_inside=5,

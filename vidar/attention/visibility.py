@@ -240,6 +240,23 @@ class KeyRange(Visibility):
 
 
 @dataclass(frozen=True)
+class Without(Visibility):
+    """Nobody past a session's first frames sees them: they may be unlike all others, as an image's latent is.
+
+    Attributes:
+        frames: How many first frames are hidden.
+    """
+
+    kind: ClassVar[str] = "without"
+    reads: ClassVar[frozenset[str]] = frozenset({"written"})  # which slot of a cache holds them changes as it runs
+    frames: int
+
+    def sees(self, query: Tokens, key: Tokens) -> Any:
+        """Keys past the hidden frames, or any for a query among them."""
+        return (key.frame >= self.frames) | (query.frame < self.frames)
+
+
+@dataclass(frozen=True)
 class Written(Visibility):
     """Only cache slots that hold something."""
 

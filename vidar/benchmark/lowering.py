@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ class Memory:
         aliased: Outputs that take the place of donated arguments.
         temporary: Everything in between, at its largest.
         code: The program.
+        host: What waits in the host's memory, averages and offloaded contexts; not part of the total.
     """
 
     arguments: int
@@ -52,6 +53,7 @@ class Memory:
     aliased: int
     temporary: int
     code: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -111,7 +113,21 @@ def compile_for(workload: Workload, mesh: Mesh) -> Compiled:
     Raises:
         ConfigError: The mesh does not divide what it splits.
     """
-    lowered = workload.program(mesh).lower(mesh)
+    found = compiled(workload.program(mesh).lower(mesh), mesh)
+    cache = cache_bytes(workload) // mesh.size if workload.bench == "stream" and found.memory is not None else 0
+    return replace(found, cache=cache)
+
+
+def compiled(lowered: Any, mesh: Mesh) -> Compiled:
+    """Compiles what was lowered for a mesh whose devices need not exist.
+
+    Args:
+        lowered: What `jax.jit(...).lower` returned.
+        mesh: The mesh.
+
+    Returns:
+        What the compiler says.
+    """
     device, started = mesh.devices.flat[0].device_kind, time.perf_counter()
     try:
         executable = lowered.compile()
@@ -122,11 +138,27 @@ def compile_for(workload: Workload, mesh: Mesh) -> Compiled:
     seconds = time.perf_counter() - started
     analysis, text = executable.memory_analysis(), executable.as_text()
     sizes = (getattr(analysis, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp"))
-    memory = Memory(*sizes, analysis.generated_code_size_in_bytes)
+    host = sum(getattr(analysis, f"host_{name}_size_in_bytes") for name in ("argument", "temp"))
+    memory = Memory(*sizes, analysis.generated_code_size_in_bytes, host)
     found = Counter(re.findall(rf"({'|'.join(_COLLECTIVES)})(?:-start)?\(", text))
     custom = Counter(re.findall(r'%(\w+)[.\d]* = [^\n]*custom_call_target="tpu_custom_call"', text))
-    cache = cache_bytes(workload) // mesh.size if workload.bench == "stream" else 0
-    return Compiled(device, mesh.size, memory, "", dict(custom), dict(found), cache, seconds)
+    return Compiled(device, mesh.size, memory, "", dict(custom), dict(found), 0, seconds)
+
+
+def described(found: Compiled, topology: str) -> str:
+    """One line about an executable: what it was compiled for, and what it takes of each chip."""
+    where = f"{found.device} x{found.devices} ({topology})"
+    if found.memory is None:
+        return f"{where}: does not fit: {found.complaint}"
+    memory, gib = found.memory, 2**30
+    exchanges = ", ".join(f"{count} {name}" for name, count in sorted(found.collectives.items())) or "no collectives"
+    host = f", {memory.host / gib:.2f} GiB in the host's memory" if memory.host else ""
+    return (
+        f"{where}: fits, compiled in {found.seconds:.0f} s; {memory.total / gib:.2f} GiB a chip: "
+        f"arguments {memory.arguments / gib:.2f}, temporaries {memory.temporary / gib:.2f}, "
+        f"outputs {memory.outputs / gib:.2f} of which {memory.aliased / gib:.2f} in place "
+        f"(cache {found.cache / gib:.2f}){host}; {sum(found.kernels.values())} TPU kernels; {exchanges}"
+    )
 
 
 def topology_mesh(name: str, axes: MeshConfig) -> Mesh:

@@ -301,7 +301,7 @@ class Workload:
         network = jax.eval_shape(self._network)
         # Traced for the mesh's devices, too: the back end asks for them.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            names = metric_names(objective, axes, phase, {"student": network}, (), jax.eval_shape(batch))
+            names = metric_names(objective, axes, phase, {}, {"student": network}, (), jax.eval_shape(batch))
         paths = {path: tuple(logical_axes(path, leaf)) for path, leaf in by_path(network).items()}
         optimizer = make_optimizer(OptimizerConfig(), paths)
 
@@ -309,12 +309,12 @@ class Workload:
             networks, optimizers = {"student": self._network()}, {"student": optimizer}
             return initial_state(networks, objective.roles, optimizers, (), {phase.name: names})
 
-        places = state_shardings(jax.eval_shape(first), logical_axes, mesh, _RULES)
-        settings = StepSettings(accumulate=1, log_every=1 << 30, seed=0, rules=_RULES)
+        places = state_shardings(jax.eval_shape(first), objective.roles, logical_axes, mesh, _RULES)
+        settings = StepSettings(accumulate=1, log_every=1 << 30, rules=_RULES)
         update = make_phase_step(objective, axes, phase, optimizer, names, places, settings)
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
-            return update(state, {}, batch, jnp.int32(1))
+            return update(state, {}, batch, jnp.int32(1), jnp.uint32(0))
 
         return Program(step, lambda: (first(), batch()), (places, _places(jax.eval_shape(batch), mesh)), 0)
 

@@ -138,7 +138,7 @@ def _lower(workload: Any, axes: Any, options: argparse.Namespace) -> int:
     _print_counts(workload, lowering.lowered_flops(workload))
     if mesh is not None:
         compiled = lowering.compile_for(workload, mesh)
-        _print_compiled(compiled, f"{compiled.device} x{compiled.devices} ({options.topology})")
+        print(lowering.described(compiled, options.topology))
         if options.results:
             report.merge([describe(workload, mesh, 0, None, None)], options.results)
     return 0
@@ -166,18 +166,3 @@ def _print_counts(workload: Any, lowered: float) -> None:
         if limits is not None:
             seconds = roofline_seconds(counted.total, workload.moved, limits)
             print(f"  {name:8s} {1e3 * seconds:10.4g} ms   {workload.pixel_frames / seconds:10.4g} frames/s")
-
-
-def _print_compiled(compiled: Any, where: str) -> None:
-    """Prints what the TPU compiler says."""
-    if compiled.memory is None:
-        print(f"{where}: does not fit: {compiled.complaint}")
-        return
-    memory, gib = compiled.memory, 2**30
-    exchanges = ", ".join(f"{count} {name}" for name, count in sorted(compiled.collectives.items())) or "no collectives"
-    print(
-        f"{where}: fits, compiled in {compiled.seconds:.0f} s; {memory.total / gib:.2f} GiB a chip: "
-        f"arguments {memory.arguments / gib:.2f}, temporaries {memory.temporary / gib:.2f}, "
-        f"outputs {memory.outputs / gib:.2f} of which {memory.aliased / gib:.2f} in place "
-        f"(cache {compiled.cache / gib:.2f}); {sum(compiled.kernels.values())} TPU kernels; {exchanges}"
-    )

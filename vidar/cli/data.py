@@ -1,7 +1,9 @@
-"""`vidar data`: makes the procedural world's data set, records ViZDoom, or prepares text."""
+"""`vidar data`: makes the procedural world's data set, records ViZDoom, prepares text or teacher trajectories."""
 
 import argparse
 from pathlib import Path
+
+from vidar.cli import trajectories
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--rows", type=int, default=8, help="prompts encoded at once")
     text.add_argument("--text-encoder-on-cpu", action="store_true", help="keep the text encoder in host memory")
     text.set_defaults(run=_embeddings)
+    pairs = kinds.add_parser("trajectories", help="a teacher's trajectories for few-step students; resumable")
+    trajectories.add_arguments(pairs)
 
 
 def _world(options: argparse.Namespace) -> int:
@@ -72,7 +76,7 @@ def _embeddings(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from vidar.cli.scripts import prompt_lines
+    from vidar.data.sources import prompt_lines
     from vidar.data.sources import captions
     from vidar.errors import ConfigError
     from vidar.interop.folders import Folder

@@ -1,4 +1,4 @@
-"""`vidar eval`: measures a trained model: control by actions, or the procedural world's exact errors."""
+"""`vidar eval`: measures a trained model: control by actions, exact errors on the procedural world, or captions."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,11 +17,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     turn.add_argument("--frames", type=int, default=10, help="frames of each video, given ones included")
     turn.add_argument("--output", type=Path, required=True, help="receives turning.json and a contact sheet a model")
     turn.set_defaults(run=_turning)
+    from vidar.cli import drift
+
+    drift.add_arguments(kinds.add_parser("drift", help="how any videos change with the index of their frames"))
     world = kinds.add_parser("world", help="position, identity and colour on the one-shape world")
     world.add_argument("--model", required=True, nargs="+")
     world.add_argument("--clips", type=int, default=32)
     world.add_argument("--frames", type=int, default=8)
     world.set_defaults(run=_world)
+    text = kinds.add_parser("captions", help="facts of held-out captions in clips of the captioned world")
+    text.add_argument("--model", required=True, nargs="+")
+    text.add_argument("--captions", type=int, default=256)
+    text.add_argument("--seed", type=int, default=0, help="of captions and noise")
+    text.add_argument("--output", type=Path, required=True, help="receives captions.json and a contact sheet a model")
+    text.set_defaults(run=_captions)
 
 
 def _turning(options: argparse.Namespace) -> int:
@@ -129,6 +138,74 @@ def _world(options: argparse.Namespace) -> int:
         )
         print(f"{name:32s} {cells}")
     return 0
+
+
+def _captions(options: argparse.Namespace) -> int:
+    import json
+
+    from vidar.devices import enable_compilation_cache
+    from vidar.errors import check_range, make_directory
+    from vidar.evaluation.captions import accuracy, held_out
+    from vidar.evaluation.sheets import contact_sheet
+    from vidar.evaluation.writing import replaced
+
+    check_range("--captions", options.captions, least=1)
+    check_range("--seed", options.seed, least=0)
+    titles = _titles(options.model)
+    enable_compilation_cache()
+    truth = held_out(options.captions, options.seed)
+    models = [_reader_of_text(source, truth.pixels.shape[1:4]) for source in options.model]
+    make_directory(options.output)
+    report: dict[str, Any] = {"true clips": {"accuracy": accuracy(truth.pixels, truth.captions).summary()}}
+    for name, pipeline in zip(titles, models, strict=True):
+        video = pipeline.generate(truth.pixels.shape[1], prompts=truth.captions, seed=options.seed)
+        report[name] = {"accuracy": accuracy(video, truth.captions).summary()} | _latency(pipeline, truth.captions)
+        shown = {f"{row} {text}": video[row] for row, text in enumerate(truth.captions[:16])}
+        contact_sheet(shown, options.output / f"{name}.png", tile=64)
+    for name, entry in report.items():
+        cells = "  ".join(
+            f"{fact} {mean:.1%} [{low:.1%}, {high:.1%}]" for fact, (mean, low, high) in entry["accuracy"].items()
+        )
+        late = f"  first frame {1e3 * entry['first_frame_s']:.0f} ms" if "first_frame_s" in entry else ""
+        print(f"{name:24s} {cells}{late}")
+    with replaced(options.output / "captions.json") as unfinished:
+        unfinished.write_text(
+            json.dumps({"captions": options.captions, "seed": options.seed, "models": report}, indent=2) + "\n"
+        )
+    return 0
+
+
+def _latency(pipeline: Any, prompts: Sequence[str], repeats: int = 9) -> dict[str, Any]:
+    """Seconds from a prompt to the first frame on the host: that of the first chunk, or of the whole clip."""
+    import statistics
+    import time
+
+    sampler, config = pipeline.system.sampler, pipeline.codec.config
+    frames = int(sampler.first) + sampler.chunk if sampler.program.lag else sampler.frames
+    seconds = []
+    for repeat in range(repeats + 1):
+        start = time.perf_counter()
+        pipeline.generate(config.pixel_frames(frames), prompts=[prompts[repeat % len(prompts)]])
+        seconds.append(time.perf_counter() - start)
+    return {"first_frame_s": statistics.median(seconds[1:]), "first_frames": frames, "repeats": repeats}
+
+
+def _reader_of_text(source: str, clip: Sequence[int]) -> Any:
+    """A pipeline whose network reads captions and makes clips of the captioned world."""
+    from vidar.errors import ConfigError
+    from vidar.pipeline import load_pipeline
+
+    pipeline = load_pipeline(source)
+    video, model = pipeline.system.config.video, pipeline.model.config
+    if model.text is None or model.actions is not None or model.classes is not None or model.image is not None:
+        raise ConfigError(f"{source}: should take text and nothing else, as configs/captions/teacher.py does")
+    frames = pipeline.codec.config.pixel_frames(video.frames)
+    if (frames, video.height, video.width) != tuple(clip):
+        raise ConfigError(
+            f"{source}: makes {frames} frames of {video.height}×{video.width}, the captioned world has {clip[0]} of "
+            f"{clip[1]}×{clip[2]}: give a model of such clips"
+        )
+    return pipeline
 
 
 def _titles(sources: Sequence[str]) -> list[str]:

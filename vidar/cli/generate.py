@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _work(options: argparse.Namespace) -> list[tuple[str | None, Path]]:
     """Prompts and the videos to make of them, without those that exist."""
-    from vidar.cli.scripts import prompt_lines
+    from vidar.data.sources import prompt_lines
     from vidar.errors import ConfigError
 
     if options.prompts is None and options.output.suffix != ".mp4":

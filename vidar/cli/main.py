@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "generate clips: from a prompt, an image, given frames or actions",
     "stream": "stream endless video under live actions, writing it while it runs",
     "eval": "measure a trained model: control by actions, or exact errors on the procedural world",
+    "ablate": "train a grid of configs and seeds under equal budgets, and report what it shows",
     "data": "make the procedural world's data set, record ViZDoom, or prepare text states",
     "convert": "turn published checkpoints from one layout into another",
     "bench": "measure streaming or training",
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             importlib.import_module(f"vidar.cli.{name}").add_arguments(command)
     options, overrides = parser.parse_known_args(given)
     unknown = [word for word in overrides if not word.startswith("--config.")]
-    if unknown or (overrides and chosen != "train"):
+    if unknown or (overrides and chosen not in ("train", "ablate")):
         parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "orbax"):

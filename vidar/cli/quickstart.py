@@ -67,8 +67,8 @@ def _tour(output: Path, options: argparse.Namespace) -> None:
     few = {"training.steps": 11, "training.log_every": 5}
     weights = {"objective.student": str(shipped()), "objective.teacher": str(shipped())}
     # Both are composed before either begins: what does not fit is said at once.
-    scratch = _compose("teacher_forcing", output / "data", **quiet, **length)
-    forced = _compose("self_forcing", output / "data", **quiet, **few, **weights)
+    scratch = _compose("world/teacher_forcing", output / "data", **quiet, **length)
+    forced = _compose("systems/self_forcing_dmd", output / "data", **quiet, **few, **weights)
     _banner(2, f"teacher forcing from scratch, at most {options.minutes:g} minutes")
     _train(scratch, output / "scratch", anew=True)
     _banner(3, "a few self-forcing updates from the shipped student and teacher")
@@ -83,7 +83,7 @@ def _tour(output: Path, options: argparse.Namespace) -> None:
 
 
 def _compose(card: str, data: Path, **overrides: Any) -> Any:
-    """An experiment card of `configs/world` as a run."""
+    """An experiment card of `configs` as a run."""
     from vidar.training.experiment import load_run_config, make_run
 
     values = {"data.directory": str(data)} | overrides
@@ -107,7 +107,7 @@ def _train(run: Any, workdir: Path, anew: bool = False) -> None:
 def _card(name: str) -> Path:
     from vidar.errors import ConfigError
 
-    path = Path(__file__).resolve().parent.parent.parent / "configs" / "world" / f"{name}.py"
+    path = Path(__file__).resolve().parent.parent.parent / "configs" / f"{name}.py"
     if not path.is_file():
         raise ConfigError(f"{path}: missing; run the quickstart from a clone of the repository (pip install -e .)")
     return path
@@ -189,19 +189,19 @@ def _remake(output: Path, options: argparse.Namespace) -> None:
 
     runs = output / "remake"
     stages: dict[str, dict[str, Any]] = {
-        "teacher_forcing": {},
-        "teacher": {},
-        "self_forcing": {
-            "objective.student": str(runs / "teacher_forcing"),
-            "objective.teacher": str(runs / "teacher"),
+        "world/teacher_forcing": {},
+        "world/teacher": {},
+        "systems/self_forcing_dmd": {
+            "objective.student": str(runs / "world/teacher_forcing"),
+            "objective.teacher": str(runs / "world/teacher"),
         },
     }
     for number, (card, overrides) in enumerate(stages.items(), start=2):
-        _banner(number, f"configs/world/{card}.py (resumes where it stopped)")
+        _banner(number, f"configs/{card}.py (resumes where it stopped)")
         _train(_compose(card, output / "data", **overrides), runs / card)
     _banner(5, "the networks, and what they are worth")
-    system, student = load(runs / "self_forcing")
-    teacher_system, teacher = load(runs / "teacher")
+    system, student = load(runs / "systems/self_forcing_dmd")
+    teacher_system, teacher = load(runs / "world/teacher")
     path = output / SHIPPED
     systems = {"student": portable_dict(system.config), "teacher": portable_dict(teacher_system.config)}
     save_weights(path, {"student": student, "teacher": teacher}, {"systems": systems}, dtype="bfloat16")

@@ -112,21 +112,6 @@ def _live_ticks(kind: DiscreteActions, chunk: int, ticks: int | None, stdin: Tex
         yield np.full((1, chunk), parse_script(word, kind.count)[0], np.int32)
 
 
-def prompt_lines(path: Path) -> list[str]:
-    """Reads a file with a prompt on each line; empty lines are left out.
-
-    Raises:
-        DataError: It cannot be read, or holds none.
-    """
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text ({error}); give a prompt on each line") from error
-    if not any(prompts):
-        raise DataError(f"{path}: holds no prompt; give one on each line")
-    return [prompt for prompt in prompts if prompt]
-
-
 def given_frames(path: Path, count: int, height: int, width: int, exact: bool = True) -> np.ndarray:
     """Reads the first frames of an image or video, as the model takes them.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidar.data.records import ActionSpec
-from vidar.data.sources import ClipSource, EpisodeClips, TfdsClips
+from vidar.data.sources import ClipSource, EpisodeClips, PromptClips, TfdsClips, TrajectoryClips
 from vidar.errors import ConfigError, DataError, check_range
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ class DataConfig:
         tfds: A prepared TFDS set: `name`, `name/config` or `name/config:version`.
         directory: TFDS data directory; None is TFDS's own default.
         records: Directory of recorded episodes.
+        trajectories: Directory of a teacher's trajectories, which are then the clips; `tfds` or `records` beside them
+            serve the evaluation alone.
+        prompts: Text file with a prompt on each line, in place of clips: for objectives that generate all that they
+            learn from.
         synthetic: Shape of synthetic clips.
         split: Name of the split.
         frames: Pixel frames of a clip.
@@ -63,6 +67,8 @@ class DataConfig:
     tfds: str | None = None
     directory: str | None = None
     records: str | None = None
+    trajectories: str | None = None
+    prompts: str | None = None
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     split: str = "train"
     frames: int = 8
@@ -76,6 +82,8 @@ class DataConfig:
     cache_megabytes: int = 512
 
     def __post_init__(self):
+        if self.prompts is not None and self.trajectories is not None:
+            raise ConfigError(f"prompts={self.prompts!r} and trajectories={self.trajectories!r}: give one of them")
         if self.tfds is not None and self.records is not None:
             raise ConfigError(f"tfds={self.tfds!r} and records={self.records!r}: give one of them")
         for name in ("frames", "stride", "batch", "threads", "prefetch"):
@@ -97,6 +105,10 @@ def open_source(config: DataConfig) -> ClipSource:
         DataError: Missing set, split or file, a truncated file, or clips longer than what is stored.
     """
     cache_bytes = config.cache_megabytes * 2**20
+    if config.trajectories is not None:
+        return TrajectoryClips(config.trajectories, cache_bytes)
+    if config.prompts is not None:
+        return PromptClips(config.prompts)
     if config.tfds is not None:
         return TfdsClips(config.tfds, config.directory, config.split, config.frames, cache_bytes)
     if config.records is not None:
@@ -116,9 +128,10 @@ def make_dataset(
 
     Returns:
         An iterable whose iterators have `get_state()` and `set_state(state)`, exact to the batch. Batches are
-        dictionaries: `pixels` uint8 `[b, f, H, W, 3]`; where the clips have them `actions` (`[b, f]` or `[b, f, k]`),
+        dictionaries: `pixels` uint8 `[b, f, H, W, 3]`, or of trajectories `trajectory` float32 `[b, k, f, h, w, c]` and
+        once more its last, clean state as `latents`; where the clips have them `actions` (`[b, f]` or `[b, f, k]`),
         `caption` (bytes `[b]`) and `label` (int32 `[b]`); and `index` (int64 `[b]`), the number of each sample in the
-        global stream.
+        global stream. Of prompts there are captions and index alone.
 
     Raises:
         ConfigError: The processes do not divide the batch.
@@ -219,7 +232,10 @@ class _SyntheticClips(ClipSource):
 
 
 def _stack(rows: list[dict[str, Any]]) -> Batch:
-    batch = {name: np.stack([row[name] for row in rows]) for name in ("pixels", "actions") if name in rows[0]}
+    arrays = ("pixels", "trajectory", "actions")
+    batch = {name: np.stack([row[name] for row in rows]) for name in arrays if name in rows[0]}
+    if "trajectory" in batch:
+        batch["latents"] = batch["trajectory"][:, -1]
     if "caption" in rows[0]:
         batch["caption"] = np.asarray([row["caption"] for row in rows], np.bytes_)
     if "label" in rows[0]:

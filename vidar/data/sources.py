@@ -1,8 +1,9 @@
-"""Sources of clips: what a prepared TFDS set or a directory of recorded episodes offers, one clip at a time.
+"""Sources of clips: what a prepared set, recorded episodes or a teacher's trajectories offer, one clip at a time.
 
 A source is random access and holds no position; order, shuffling and batches are made in `pipeline.py`.
 """
 
+import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vidar.data.records import ActionSpec, Episodes
+from vidar.data.trajectories import Trajectories
 from vidar.errors import DataError
 
 T = TypeVar("T")
@@ -24,8 +26,8 @@ class ClipSource(ABC):
     """Clips of one length.
 
     Attributes:
-        frames: Frames of every clip.
-        size: Height and width in pixels.
+        frames: Frames of every clip; latent ones of trajectories.
+        size: Height and width in pixels; of the latents of trajectories.
         actions: What the actions are, or None if clips have none; `names` is empty where they are not known.
     """
 
@@ -46,7 +48,8 @@ class ClipSource(ABC):
 
         Returns:
             `pixels` uint8 `[f, H, W, 3]`, and where the set has them `actions` (`[f]` or `[f, k]`; the first is always
-            the no-op, because frame 0 has no past), `caption` (bytes) and `label` (int).
+            the no-op, because frame 0 has no past), `caption` (bytes) and `label` (int). Trajectories have no pixels;
+            in their place stands `trajectory` float32 `[k, f, h, w, c]`, the last state the clean latents.
 
         Raises:
             DataError: What is stored is damaged, or shorter than a clip.
@@ -164,6 +167,77 @@ class TfdsClips(ClipSource):
         except (RuntimeError, IndexError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{self._where}: example {index} is damaged ({reason}); prepare the set again") from error
+
+
+class TrajectoryClips(ClipSource):
+    """The trajectories of a teacher (`vidar data trajectories`), each one clip.
+
+    Args:
+        directory: Directory of the trajectories.
+        cache_bytes: What was read stays in memory if all of it fits into this.
+
+    Raises:
+        DataError: No trajectories are there, or they are unfinished.
+    """
+
+    def __init__(self, directory: str | Path, cache_bytes: int):
+        self._trajectories = Trajectories(directory)
+        form = self._trajectories.form
+        self.frames, self.size, self.actions = form.latent[0], form.latent[1:3], form.actions
+        values = form.clips * len(form.levels) * math.prod(form.latent)
+        self._memory = _Memory(values * np.dtype(form.precision).itemsize <= cache_bytes)
+
+    def __len__(self) -> int:
+        return len(self._trajectories)
+
+    def clip(self, index: int, place: float) -> Clip:
+        """As `ClipSource.clip`; `place` has no effect, because a trajectory is not cut."""
+        del place
+        stored = self._memory.get(index, self._trajectories.read)
+        return {**stored, "trajectory": stored["trajectory"].astype(np.float32)}
+
+
+class PromptClips(ClipSource):
+    """Prompts alone, one a line of a text file: for objectives that generate all that they learn from.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: It cannot be read, or holds no prompt.
+    """
+
+    def __init__(self, path: str | Path):
+        self.frames, self.size, self.actions = 0, (0, 0), None
+        self._prompts = prompt_lines(Path(path))
+
+    @property
+    def digest(self) -> str:
+        """Tells sets of prompts apart."""
+        return hashlib.sha256(repr(self._prompts).encode()).hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def clip(self, index: int, place: float) -> Clip:
+        """As `ClipSource.clip`, but a caption is all there is."""
+        del place
+        return {"caption": self._prompts[index].encode()}
+
+
+def prompt_lines(path: Path) -> list[str]:
+    """Reads a file with a prompt on each line; empty lines are left out.
+
+    Raises:
+        DataError: It cannot be read, or holds none.
+    """
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error}); give a prompt on each line") from error
+    if not any(prompts):
+        raise DataError(f"{path}: holds no prompt; give one on each line")
+    return [prompt for prompt in prompts if prompt]
 
 
 def captions(name: str, directory: str | None) -> list[str]:

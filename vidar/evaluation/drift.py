@@ -78,7 +78,7 @@ def drift(video: np.ndarray, truth: np.ndarray | None = None, extra: Mapping[str
     Args:
         video: uint8 `[b, f, h, w, 3]`, at least 2 frames.
         truth: What should have been seen, the same shape; adds `psnr`.
-        extra: Further metrics by name, each `[b, f]`: position error, whether an identity is kept.
+        extra: Further metrics by name, each `[b, f]`: `latent_rms`, position error, whether an identity is kept.
 
     Returns:
         Curves of `sharpness`, `luminance`, `saturation`, `distance_to_first`, `psnr` and the extra ones.
@@ -125,6 +125,27 @@ def curve(values_bf: np.ndarray) -> Curve:
         change=_interval(values_bf[:, -part:].mean(axis=1) - values_bf[:, :part].mean(axis=1)),
         slope=_interval(values_bf @ index / (index @ index)),
     )
+
+
+def latent_rms(latents_bfhwc: np.ndarray, frames: int) -> np.ndarray:
+    """Root mean square of each frame's latents: it leaves 1 where a rollout burns out or fades.
+
+    Args:
+        latents_bfhwc: Latents, at least 2 frames; the first one is one pixel frame, each other equally many.
+        frames: Pixel frames.
+
+    Returns:
+        float64 `[b, frames]`: at each pixel frame that of its latent frame, for `drift`'s extra metrics.
+
+    Raises:
+        ConfigError: The pixel frames are not 1 + step · (latent frames - 1).
+    """
+    latent_frames = latents_bfhwc.shape[1]
+    step, rest = divmod(frames - 1, max(1, latent_frames - 1))
+    if rest or step < 1 or latent_frames < 2:
+        raise ConfigError(f"{latent_frames} latent frames do not stand for {frames} pixel frames")
+    rms = np.sqrt(np.mean(np.square(latents_bfhwc.astype(np.float64)), axis=(2, 3, 4)))
+    return rms[:, -(-np.arange(frames) // step)]
 
 
 def plot(drifts: Mapping[str, Drift], path: str | Path) -> None:

@@ -39,6 +39,7 @@ from vidar.models.layers import (
 )
 from vidar.models.placement import gathered
 from vidar.models.quirks import Quirks
+from vidar.models.text import ByteEncoder, ByteEncoderConfig
 from vidar.sharding import constrain
 
 
@@ -49,14 +50,18 @@ class TextConfig:
     Attributes:
         width: Channels of the text states.
         length: Text tokens; all of them are attended, padding included, as in Wan.
+        encoder: An encoder of bytes that is trained with the network; None where states come from a frozen one.
     """
 
     width: int = 4096
     length: int = 512
+    encoder: ByteEncoderConfig | None = None
 
     def __post_init__(self) -> None:
         check_range("text.width", self.width, least=1)
         check_range("text.length", self.length, least=1)
+        if self.encoder is not None:
+            self.encoder.check(self.width)
 
 
 @dataclass(frozen=True)
@@ -256,6 +261,9 @@ class DiT(nnx.Module):
         self.actions = ActionEmbedding(config.actions, width, rngs=rngs, dtype=dtype) if config.actions else None
         self.classes = ClassEmbedding(config.classes, width, rngs=rngs, dtype=dtype) if config.classes else None
         text = config.text
+        self.text_encoder = (
+            ByteEncoder(text.encoder, text.width, config.precision, rngs=rngs) if text and text.encoder else None
+        )
         self.text_inner = Linear(text.width, width, rngs=rngs, scale=0.02, dtype=dtype) if text else None
         self.text_outer = Linear(width, width, rngs=rngs, scale=0.02, dtype=dtype) if text else None
         self.image = ImageEmbedding(image.width, width, rngs=rngs, dtype=dtype) if image else None
@@ -276,10 +284,10 @@ class DiT(nnx.Module):
         """Projects text, and an image's features, to each block's keys and values; differentiable.
 
         Args:
-            text_bsc: Text states `[b, s, c]`.
+            text_bsc: Text states `[b, s, c]`, or tokens `[b, s]` for the network's own encoder.
             kept_b: Rows whose text is kept, bool `[b]`; None for all.
             image_bsc: Features of an image `[b, s, c]`, or None.
-            negative_bsc: States of the other rows; None for zeros.
+            negative_bsc: States or tokens of the other rows; None for zeros.
 
         Returns:
             Keys and values `[l, b, s, n, d]`.
@@ -291,11 +299,12 @@ class DiT(nnx.Module):
         network = gathered(self)
         if config.text is None or network.text_inner is None or network.text_outer is None:
             raise ConfigError("text was given, but model.text is None: set model.text or leave the text out")
-        if text_bsc.shape[-1] != config.text.width:
-            raise ConfigError(f"text states have {text_bsc.shape[-1]} channels, model.text.width={config.text.width}")
         dtype = jnp.dtype(config.precision.compute)
+        text_bsc = network._states(text_bsc)
         if kept_b is not None:
-            other = jnp.zeros((), text_bsc.dtype) if negative_bsc is None else negative_bsc.astype(text_bsc.dtype)
+            other = jnp.zeros((), text_bsc.dtype)
+            if negative_bsc is not None:
+                other = network._states(negative_bsc).astype(text_bsc.dtype)
             text_bsc = jnp.where(kept_b[:, None, None], text_bsc, other)
         hidden = jax.nn.gelu(network.text_inner(text_bsc, dtype), approximate=True)
         states = constrain(network.text_outer(hidden, dtype), "batch", None, None)
@@ -318,6 +327,18 @@ class DiT(nnx.Module):
             return (*projected, *block.image_attention(image, dtype))
 
         return ConditionCache(*jax.lax.map(project, network.blocks))
+
+    def _states(self, text: jax.Array) -> jax.Array:
+        """Text states `[b, s, c]`: as given, or those of tokens `[b, s]`."""
+        config = self.config.text
+        assert config is not None
+        if jnp.issubdtype(text.dtype, jnp.integer):
+            if self.text_encoder is None:
+                raise ConfigError("tokens were given, but model.text.encoder is None: give text states [b, s, c]")
+            return constrain(self.text_encoder(text), "batch", None, None)
+        if text.shape[-1] != config.width:
+            raise ConfigError(f"text states have {text.shape[-1]} channels, model.text.width={config.width}")
+        return text
 
     def _embed(self, streams: Sequence[Frames], conditions: Conditions) -> jax.Array:
         """Embedding of time, actions and class, `[b, f, m]` over all streams; fp32 but for `narrow_modulation`."""

@@ -7,11 +7,12 @@ this module knows the configuration; it must know neither its arrays nor how the
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from vidar.devices import Peak
 from vidar.errors import ConfigError
 from vidar.models.dit import DiTConfig
+from vidar.models.text import ByteEncoderConfig
 
 PATTERNS = ("bidirectional", "chunk_causal", "teacher_forcing")
 
@@ -33,6 +34,7 @@ class Shape:
         text_width: Width of the text encoder's states.
         layer_modulation: Whether each block projects the time embedding itself (adaLN-zero); Wan's blocks share one.
         time_channels: Channels of the sinusoidal time embedding.
+        text_encoder: The text encoder where it is part of the network and trained with it, or None.
     """
 
     width: int
@@ -47,6 +49,7 @@ class Shape:
     text_width: int = 0
     layer_modulation: bool = False
     time_channels: int = 256
+    text_encoder: ByteEncoderConfig | None = None
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -54,14 +57,15 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters without biases, norm scales and the embeddings of actions and classes."""
+        """Number of parameters without biases, norm scales and the embeddings of actions, classes and bytes."""
         d, patch = self.width, math.prod(self.patch)
         text = self.text_tokens > 0
         block = 4 * d * d + 2 * d * self.mlp + (4 * d * d if text else 0) + 6 * d
         modulations = 6 * self.layers + 2 if self.layer_modulation else 6
         time = self.time_channels * d + d * d + modulations * d * d
         ends = (self.channels_in + self.channels_out) * patch * d
-        return self.layers * block + time + ends + (self.text_width * d + d * d if text else 0)
+        encoder = 0 if self.text_encoder is None else _encoder_parameters(self.text_encoder, self.text_width)
+        return self.layers * block + time + ends + (self.text_width * d + d * d if text else 0) + encoder
 
 
 @dataclass(frozen=True)
@@ -73,21 +77,23 @@ class Flops:
         attention: Scores and weighted sums of self-attention.
         cross_attention: The same of cross-attention; text keys and values are cached, so they are not in `linear`.
         ends: Patch embedding and head.
+        text: Encoding text to keys and values, where the network does it itself and while training.
     """
 
     linear: float
     attention: float
     cross_attention: float
     ends: float
+    text: float = 0.0
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.linear + self.attention + self.cross_attention + self.ends
+        return self.linear + self.attention + self.cross_attention + self.ends + self.text
 
     def times(self, factor: float) -> "Flops":
         """The work of `factor` repetitions."""
-        return Flops(factor * self.linear, factor * self.attention, factor * self.cross_attention, factor * self.ends)
+        return Flops(*(factor * part for part in astuple(self)))
 
 
 def shape_of(config: DiTConfig, height: int, width: int) -> Shape:
@@ -115,6 +121,7 @@ def shape_of(config: DiTConfig, height: int, width: int) -> Shape:
         patch=(1, config.patch, config.patch),
         text_tokens=config.text.length if config.text else 0,
         text_width=config.text.width if config.text else 0,
+        text_encoder=config.text.encoder if config.text else None,
         layer_modulation=config.modulation == "adaln_zero",
         time_channels=config.time_channels,
     )
@@ -139,6 +146,27 @@ def forward_flops(shape: Shape, query_tokens: int, key_tokens: float) -> Flops:
         cross_attention=4 * query_tokens * shape.text_tokens * d * layers,
         ends=2 * query_tokens * (shape.channels_in + shape.channels_out) * math.prod(shape.patch) * d,
     )
+
+
+def text_flops(shape: Shape) -> float:
+    """Counts the encoding of one text to the keys and values of all blocks by the network's own encoder.
+
+    Args:
+        shape: The network.
+
+    Returns:
+        FLOPs; 0 where text is encoded elsewhere, once and for all.
+    """
+    config, d, width, tokens = shape.text_encoder, shape.width, shape.text_width, shape.text_tokens
+    if config is None:
+        return 0.0
+    linear = _encoder_parameters(config, width) + width * d + d * d + 2 * d * d * shape.layers
+    return 2 * tokens * linear + 4 * tokens * tokens * width * config.layers
+
+
+def _encoder_parameters(config: ByteEncoderConfig, width: int) -> int:
+    """Parameters of the encoder's matrix products."""
+    return config.layers * (4 * width * width + 2 * width * config.mlp)
 
 
 def chunk_flops(shape: Shape, chunk_frames: int, window: int, passes: int) -> Flops:
@@ -255,4 +283,5 @@ def training_flops(
     """
     frames, pairs = visible_pairs(pattern, chunks, window)
     tokens = shape.tokens_per_frame
-    return forward_flops(shape, frames * tokens, pairs * tokens / frames).times(3)
+    forward = forward_flops(shape, frames * tokens, pairs * tokens / frames)
+    return replace(forward, text=text_flops(shape)).times(3)

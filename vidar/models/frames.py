@@ -99,21 +99,32 @@ class Conditions:
         parts = {name: getattr(self, name) for name in ("actions", "latents")}
         return replace(self, **{name: None if part is None else part[:, start:stop] for name, part in parts.items()})
 
+    def frames_at(self, start: jax.Array, count: int) -> "Conditions":
+        """Conditions of `count` frames from one that is known only when it runs, int32 scalar."""
 
-@partial(jax.tree_util.register_dataclass, data_fields=["latents", "conditions", "index"], meta_fields=[])
+        def part(x: jax.Array | None) -> jax.Array | None:
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
+
+        return replace(self, actions=part(self.actions), latents=part(self.latents))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["latents", "conditions", "index", "trajectory"], meta_fields=[])
 @dataclass(frozen=True)
 class Batch:
     """A batch of clips as objectives see it.
 
     Attributes:
-        latents: Clean latents `[b, f, h, w, c]`.
+        latents: Clean latents `[b, f, h, w, c]`; None where there are prompts alone.
         conditions: Their conditions.
         index: Global sample index of each clip, int32 `[b]`, from which training keys derive.
+        trajectory: States of a teacher on its way to these latents, `[b, k, f, h, w, c]`, at the levels of the
+            student's solver in their order; None where the data has none.
     """
 
     latents: jax.Array
     conditions: Conditions
     index: jax.Array
+    trajectory: jax.Array | None = None
 
 
 def row_labels(label: ArrayLike | None, classes: int | None, rows: int) -> np.ndarray | None:

@@ -72,10 +72,16 @@ class Linear(nnx.Module):
             kernel = (scale * jax.random.normal(rngs.params(), shape)).astype(dtype)
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
+        # The factors of an adapter, where one is attached (`models/lora.py`).
+        self.lora_in: nnx.Param | None = None
+        self.lora_out: nnx.Param | None = None
 
     def __call__(self, x: jax.Array, dtype: Any) -> jax.Array:
         """Applies the map in `dtype`."""
         y = product(x.astype(dtype), self.kernel[...].astype(dtype))
+        if self.lora_in is not None and self.lora_out is not None:
+            thin = product(x.astype(dtype), self.lora_in[...].astype(dtype))
+            y = y + product(thin, self.lora_out[...].astype(dtype))
         if self.bias is None:
             return y
         return y + jnp.broadcast_to(self.bias[...].astype(dtype), y.shape)

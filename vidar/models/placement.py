@@ -60,7 +60,12 @@ def logical_axes(path: str, leaf: Any) -> tuple[str | None, ...]:
     Returns:
         One logical axis name, or None for replicated, per dimension.
     """
+    # Adapters are kept by path: their own path is that one in quotes.
+    path = path.removeprefix("['").removesuffix("']")
     names = [name for name in path.removesuffix(".value").split(".") if name]
+    if names[-1] in ("lora_in", "lora_out"):
+        *stack, first, last = logical_axes(".".join([*names[:-1], "kernel"]), leaf)
+        return (*stack, first, None) if names[-1] == "lora_in" else (*stack, None, last)
     stacked = "blocks" in names
     rank = leaf.ndim - stacked
     axes: tuple[str | None, ...] = (None,) * rank

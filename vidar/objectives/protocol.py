@@ -6,11 +6,13 @@ the axes of the system (flow, levels, plan, visibility, guidance) and nothing of
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 
 from vidar.errors import check_range
+from vidar.models.lora import LoraConfig
+from vidar.sharding import Rules
 
 Networks = Mapping[str, Any]
 Metrics = Mapping[str, jax.Array]
@@ -27,14 +29,22 @@ class Role:
         optimizer: Name of the entry of `config.optimizers` that trains it; None keeps it frozen and out of the state.
         ema: Decay of the exponential moving average in [0, 1), or None for no average.
         ema_start: Global step just before whose update the average starts as a copy of the parameters.
-        dtype: Storage type of a frozen role's parameters.
+        ema_memory: Where the average waits between updates: on the `"device"`, or in its `"host"`'s memory.
+        dtype: Storage type of frozen parameters.
+        rules: Where its parameters lie; None for the run's rules.
+        lora: Low-rank adapters that are trained in place of the parameters, which are then frozen; None trains them.
+        wrap: From the role's network and a key to what is trained around it, such as discriminator heads.
     """
 
     source: str = "init"
     optimizer: str | None = None
     ema: float | None = None
     ema_start: int = 0
+    ema_memory: Literal["device", "host"] = "device"
     dtype: str = "float32"
+    rules: Rules | None = None
+    lora: LoraConfig | None = None
+    wrap: Callable[[Any, jax.Array], Any] | None = None
 
     def __post_init__(self) -> None:
         check_average(self.ema, self.ema_start)

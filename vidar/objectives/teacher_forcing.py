@@ -22,6 +22,7 @@ class TeacherForcing:
     """Denoise every chunk given the clean chunks before it (the baseline of Self Forcing, arXiv 2506.08009).
 
     Attributes:
+        beside: Clean clips stand beside noisy ones.
         context_noise: Largest level of the noise on the clean half but for the sink, drawn uniformly per clip (as in
             GameNGen, arXiv 2408.14837); it teaches the network to mistrust its context.
         weight: Loss weight by level: `"uniform"` or `"bump"`.
@@ -32,6 +33,7 @@ class TeacherForcing:
     """
 
     kind: ClassVar[str] = "teacher_forcing"
+    beside: ClassVar[bool] = True
     context_noise: float = 0.0
     weight: str = "uniform"
     shift: float = 1.0

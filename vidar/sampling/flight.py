@@ -10,16 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from vidar.attention.cache import ConditionCache, write
 from vidar.attention.visibility import Layout, chunk_layout
 from vidar.diffusion import flow
 from vidar.diffusion.plan import Commit, RowGroup
-from vidar.errors import ConfigError
+from vidar.errors import ConfigError, check_range
 from vidar.models.frames import Conditions, Frames, repeat_rows
 from vidar.sampling.guidance import combine, fold
 from vidar.sampling.noise import Purpose, frame_noise
 from vidar.sampling.solvers import level_table
+
+KEPT, OFFLOADED = "noisy", "context"
+"""Names of what the backward pass of a rollout needs, for the policy that decides where it waits."""
 
 
 @partial(
@@ -52,6 +56,26 @@ class State:
     limit: Any
     key: Any
     active: Any = None
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What of a training rollout is differentiated.
+
+    Attributes:
+        passes: The last solver passes of a chunk up to its exit, each kept for the gradient; 1 is the exit alone.
+        through_cache: Whether a chunk's gradient also reaches the exits of the chunks before it: forward, the context
+            is the clean pass's; backward, it counts as the keys and values of the exit (what the reference code of
+            Self Forcing does, against its paper).
+        offload: Whether the contexts that the backward pass needs wait in the host's memory.
+    """
+
+    passes: int = 1
+    through_cache: bool = False
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("gradient.passes", self.passes, least=1)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["latents", "frame", "valid"], meta_fields=[])
@@ -212,33 +236,68 @@ class Flight:
 
     # -------------------------------------------------------------------------------------------------- exit, commit
 
-    def run_to_exit(self, model: Any, exit_row: jax.Array) -> "Flight":
-        """Self-forcing form of the denoising rows: the clean prediction at `exit_row`, the only differentiated pass."""
+    def run_to_exit(self, model: Any, exit_row: jax.Array, gradient: Gradient) -> tuple["Flight", Any]:
+        """Self-forcing form of the denoising rows: the clean prediction at `exit_row`.
+
+        Args:
+            model: The network.
+            exit_row: Solver step whose clean prediction counts, int32 scalar.
+            gradient: What is differentiated: the passes before those that it names run without.
+
+        Returns:
+            The flight with the prediction as its latents, and the keys and values of the exit's pass.
+        """
         if self.sampler.program.width != 1 or self.sampler.carried:
             raise ConfigError("exit_row needs one chunk in flight: lag = steps and a commit pass of its own")
-        constant = replace(self, state=jax.lax.stop_gradient(self.state))
+        state = self.state if gradient.through_cache else jax.lax.stop_gradient(self.state)
+        constant = replace(self, state=state)
         # A loop of unknown length has no reverse mode: text, which is differentiable, is cut inside it, too.
         frozen, conditions = jax.lax.stop_gradient((model, self.conditions))
+        past = replace(self, state=jax.lax.stop_gradient(self.state), conditions=conditions)
 
         def step(row: jax.Array, moving: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            flight = replace(constant, latents=moving[0], history=moving[1], conditions=conditions)
+            flight = replace(past, latents=moving[0], history=moving[1])
             _, latents, history = flight._row(frozen, row[None], row[None] + 1)
             return latents, history
 
+        first = jnp.maximum(exit_row - (gradient.passes - 1), 0)
         moving = jax.lax.stop_gradient((self.latents, self.history))
-        latents, _ = jax.lax.stop_gradient(jax.lax.fori_loop(0, exit_row, step, moving))
+        moving = jax.lax.stop_gradient(jax.lax.fori_loop(0, first, step, moving))
+        if gradient.offload:
+            moving = checkpoint_name(moving, KEPT)
+            constant = replace(constant, state=replace(state, cache=checkpoint_name(state.cache, OFFLOADED)))
+
+        @jax.checkpoint
+        def advance(model: Any, moving: tuple[jax.Array, jax.Array], row: jax.Array) -> tuple[jax.Array, jax.Array]:
+            flight = replace(constant, latents=moving[0], history=moving[1])
+            _, latents, history = flight._row(model, row[None], row[None] + 1)
+            moves = row < exit_row
+            return jnp.where(moves, latents, moving[0]), jnp.where(moves, history, moving[1])
+
+        for offset in range(gradient.passes - 1):
+            moving = advance(model, moving, jnp.minimum(first + offset, self.sampler.solver.steps - 1))
         level = jnp.broadcast_to(jnp.asarray(level_table(self.sampler.solver))[exit_row], (self.layout.frames,))
 
         @jax.checkpoint
-        def predict(model: Any, latents: jax.Array) -> jax.Array:
-            _, prediction = constant._forward(model, latents, level, None)
+        def predict(model: Any, latents: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            output, prediction = constant._forward(model, latents, level, None)
             rows = jnp.broadcast_to(level[None], (latents.shape[0], level.shape[0]))
-            return flow.to_x0(model.config.prediction, prediction, latents, rows)
+            clean = flow.to_x0(model.config.prediction, prediction, latents, rows)
+            return clean, (output.keys, output.values)
 
-        return replace(self, latents=predict(model, latents))
+        clean, written = predict(model, moving[0])
+        return replace(constant, latents=clean), written if gradient.through_cache else None
 
-    def commit_first(self, model: Any) -> "Flight":
-        """Writes the finished oldest chunk to the cache, by a pass at the commit's level; never differentiated."""
+    def commit_first(self, model: Any, instead: tuple[jax.Array, jax.Array] | None = None) -> "Flight":
+        """Writes the finished oldest chunk to the cache, by a pass at the commit's level, which is not differentiated.
+
+        Args:
+            model: The network.
+            instead: Keys and values whose gradient what is written takes over; None for none.
+
+        Returns:
+            The flight with its cache written.
+        """
         frames = self.sampler.chunk
         commit = self.sampler.commit
         part = replace(
@@ -253,7 +312,11 @@ class Flight:
         time = None if commit.time is None else jnp.full((frames,), commit.time, jnp.float32)
         latents = part._noised(jnp.ones((frames,), bool)) if commit.noise else part.latents
         output, _ = part._forward(jax.lax.stop_gradient(model), latents, level, time, commit.drops)
-        return self._write(output.keys, output.values)
+        keys, values = output.keys, output.values
+        if instead is not None:
+            fixed = jax.lax.stop_gradient(instead)
+            keys, values = keys + (instead[0] - fixed[0]), values + (instead[1] - fixed[1])
+        return self._write(keys, values)
 
     def _noised(self, pending_f: jax.Array) -> jax.Array:
         """Latents with real noise at the commit's level on the frames that are committed."""

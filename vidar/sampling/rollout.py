@@ -15,11 +15,17 @@ from vidar.attention.visibility import Visibility, chunk_layout
 from vidar.diffusion.plan import Commit, TickProgram, tick_program
 from vidar.errors import ConfigError, check_range
 from vidar.models.frames import Conditions
-from vidar.sampling.flight import Chunk, Flight, State, cut
+from vidar.sampling.flight import KEPT, OFFLOADED, Chunk, Flight, Gradient, State, cut
 from vidar.sampling.guidance import UNGUIDED, Guidance, fold
 from vidar.sampling.solvers import Euler, Solver
 
 _NO_LIMIT = 2**30
+_OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[KEPT],
+    names_which_can_be_offloaded=[OFFLOADED],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,13 @@ class Sampler:
     # --------------------------------------------------------------------------------------------------------- tick
 
     def tick(
-        self, model: Any, state: State, conditions: Conditions, *, exit_row: jax.Array | None = None
+        self,
+        model: Any,
+        state: State,
+        conditions: Conditions,
+        *,
+        exit_row: jax.Array | None = None,
+        gradient: Gradient = Gradient(),
     ) -> tuple[State, Chunk]:
         """The work between two emitted chunks.
 
@@ -143,22 +155,23 @@ class Sampler:
             state: State of all sessions; donate it.
             conditions: Actions of the frames of the new chunk (all frames when lag is 0), label, and text, projected
                 by `encode`.
-            exit_row: Self-forcing form: solver steps before this row run without gradient, this row's clean prediction
-                is what the tick emits and commits, and it alone is differentiated. Needs one chunk in flight.
+            exit_row: Self-forcing form: this solver step's clean prediction is what the tick emits and commits, and
+                what is differentiated. Needs one chunk in flight.
+            gradient: What else is differentiated in that form.
 
         Returns:
             State and the emitted chunk.
         """
         program = self.program
-        flight = Flight.enter(self, state, conditions)
+        flight, exit_written = Flight.enter(self, state, conditions), None
         if exit_row is not None:
-            flight = flight.run_to_exit(model, exit_row)
+            flight, exit_written = flight.run_to_exit(model, exit_row, gradient)
         else:
             for group in program.groups:
                 if group.kind != "commit":
                     flight = flight.run(model, group)
         if program.lag and self.commit.kind == "extra_pass":
-            flight = flight.commit_first(model)
+            flight = flight.commit_first(model, exit_written)
         return flight.leave()
 
     def prefill(self, model: Any, state: State, latents_bfhwc: jax.Array, conditions: Conditions) -> State:
@@ -215,7 +228,14 @@ class Sampler:
         return replace(state, origin=origin)
 
     def rollout(
-        self, model: Any, state: State, conditions: Conditions, chunks: int, *, exit_row: jax.Array | None = None
+        self,
+        model: Any,
+        state: State,
+        conditions: Conditions,
+        chunks: int,
+        *,
+        exit_rows: jax.Array | None = None,
+        gradient: Gradient = Gradient(),
     ) -> tuple[State, jax.Array]:
         """Generates `chunks` chunks by scanning ticks.
 
@@ -224,7 +244,8 @@ class Sampler:
             state: Fresh or prefilled state.
             conditions: Conditions of the generated frames; text projected by `encode`.
             chunks: Chunks to generate.
-            exit_row: See `tick`; shared by all chunks.
+            exit_rows: See `tick`; one for each chunk, int32 `[chunks]`.
+            gradient: See `tick`.
 
         Returns:
             State and latents `[b, chunks · chunk, h, w, c]`.
@@ -239,13 +260,40 @@ class Sampler:
             last = jnp.repeat(actions[:, -1:], program.delay * self.chunk, axis=1)
             actions = _chunked(jnp.concatenate([actions, last], axis=1), ticks)
 
-        def body(state: State, actions: Any) -> tuple[State, jax.Array]:
-            state, chunk = self.tick(model, state, replace(conditions, actions=actions), exit_row=exit_row)
+        def body(state: State, part: tuple[Any, Any]) -> tuple[State, jax.Array]:
+            actions, exit_row = part
+            conditions_now = replace(conditions, actions=actions)
+            state, chunk = self.tick(model, state, conditions_now, exit_row=exit_row, gradient=gradient)
             return state, chunk.latents
 
-        state, latents = jax.lax.scan(body, state, actions, length=ticks)
+        if gradient.offload:
+            body = jax.checkpoint(body, policy=_OFFLOAD)
+        state, latents = jax.lax.scan(body, state, (actions, exit_rows), length=ticks)
         latents = jnp.moveaxis(latents[program.delay :], 0, 1)
         return state, latents.reshape(latents.shape[0], chunks * self.chunk, *self.latent)
+
+    def advance(
+        self, model: Any, state: State, conditions: Conditions, chunks: jax.Array, latents: jax.Array
+    ) -> tuple[State, jax.Array]:
+        """Generates a number of chunks that is known only when it runs; not differentiable.
+
+        Args:
+            model: The network.
+            state: Fresh or prefilled state of a plan with one chunk in flight.
+            conditions: Conditions of more frames than are generated; text projected by `encode`.
+            chunks: How many, int32 scalar.
+            latents: The frames before them, `[b, f, h, w, c]`.
+
+        Returns:
+            State, and the last f frames of `latents` with what was generated.
+        """
+
+        def body(index: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+            state, latents = carry
+            state, chunk = self.tick(model, state, conditions.frames_at(index * self.chunk, self.chunk))
+            return state, jnp.concatenate([latents, chunk.latents], axis=1)[:, self.chunk :]
+
+        return jax.lax.fori_loop(0, chunks, body, (state, latents))
 
     def generate(
         self, model: Any, key_b: jax.Array, conditions: Conditions, frames: int, given: jax.Array | None = None

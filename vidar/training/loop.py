@@ -36,6 +36,7 @@ from vidar.training.state import (
     fingerprint,
     initial_networks,
     initial_state,
+    joined,
     phases_of,
     place,
     state_shardings,
@@ -64,7 +65,7 @@ class Run:
         prepare_batch: From such a dictionary to the pytree of NumPy arrays that the loss takes, batch first.
         training: Length and rhythm.
         optimizers: By the name that roles use.
-        frozen: By frozen role, its network with its weights.
+        frozen: By frozen role, or one with adapters, its network with its weights.
         initial: By role, weights to start from; None or absent for a random start or a copy of the role's source.
         evaluate: From step, networks by role (averages where there are any) and writer to numbers for the log.
         sample: Likewise, for sample sheets.
@@ -126,7 +127,8 @@ def train(run: Run, workdir: str | Path) -> TrainState:
         # ------------------------------------------------------------ State: shapes, placements, then values
         phases = phases_of(run.objective, run.training.steps)
         frozen = _place_frozen(run, mesh)
-        program = _make_program(run, phases, frozen, batches, mesh)
+        inputs = {name: batches.abstract(name) for name in {phase.batch for phase in phases.values()}}
+        program = make_program(run, phases, frozen, inputs, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", run.training.keep, run.training.keep_every)
         meta = _meta(run, frozen)
         state = _restored(checkpoints, program, batches, meta) or program.initialise()
@@ -138,7 +140,7 @@ def train(run: Run, workdir: str | Path) -> TrainState:
         writer = MetricWriter(workdir, after=start, tensorboard=run.training.tensorboard)
         reporter = Reporter(run.training, program.names, writer, mesh, run.flops_per_step, run.tokens_per_step, start)
         reporter.continue_from(state)
-        loop = _Loop(run, program, batches, frozen, checkpoints, meta, writer, reporter)
+        loop = _Loop(run, program, mesh, batches, frozen, checkpoints, meta, writer, reporter)
         try:
             return loop.run(state, start, stop)
         finally:
@@ -148,14 +150,22 @@ def train(run: Run, workdir: str | Path) -> TrainState:
 
 
 @dataclass(frozen=True)
-class _Program:
-    """What is compiled: one function per phase, and the state's first values."""
+class Program:
+    """What is compiled.
+
+    Attributes:
+        abstract: Shapes and placements of the state.
+        placements: Where each of its leaves lies.
+        names: Metric names by phase.
+        steps: By phase, and whether it resets its optimizer, a function of the state's leaves, those of the frozen
+            networks, a batch, the steps to advance by and a seed; the first are donated.
+        initialise: Creates the first state.
+    """
 
     abstract: TrainState
     placements: TrainState
     names: Mapping[str, tuple[str, ...]]
     steps: Mapping[tuple[str, bool], Callable[..., Any]]
-    advance: tuple[jax.Array, jax.Array]
     initialise: Callable[[], TrainState]
 
 
@@ -165,7 +175,8 @@ class _Loop:
     def __init__(
         self,
         run: Run,
-        program: _Program,
+        program: Program,
+        mesh: Mesh,
         batches: Batches,
         frozen: Mapping[str, Any],
         checkpoints: Checkpoints,
@@ -182,6 +193,10 @@ class _Loop:
         self._meta = meta
         self._writer = writer
         self._reporter = reporter
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self._advance = tuple(jax.device_put(jnp.int32(last), replicated) for last in (0, 1))
+        # An argument, not a constant: runs that differ in their seed share an executable in the compilation cache.
+        self._seed = jax.device_put(jnp.uint32(run.training.seed % 2**32), replicated)
         self._compiled: dict[tuple[str, bool], Any] = {}
         self._leaves: list[jax.Array] = []
 
@@ -219,19 +234,19 @@ class _Loop:
                 drawn[phase.batch], waited = self._batches.next(phase.batch)
                 self._reporter.waited_for_data(waited)
             batch = drawn[phase.batch]
-            advance = self._program.advance[index == len(phases) - 1]
-            compiled = self._compile(phase, batch, advance)
+            inputs = batch, self._advance[index == len(phases) - 1], self._seed
+            compiled = self._compile(phase, inputs)
             with jax.transfer_guard("disallow"):
-                self._leaves, report = compiled(self._leaves, self._frozen_leaves, batch, advance)
+                self._leaves, report = compiled(self._leaves, self._frozen_leaves, *inputs)
             self._reporter.phase_done(phase.name, report)
         return report["skipped"]
 
-    def _compile(self, phase: Phase, batch: Any, advance: jax.Array) -> Any:
+    def _compile(self, phase: Phase, inputs: tuple[Any, ...]) -> Any:
         """Returns the phase's executable, compiled at its first use."""
         key = (phase.name, phase.reset_optimizer)
         if key not in self._compiled:
             with self._reporter.compiling(phase.name):
-                lowered = self._program.steps[key].lower(self._leaves, self._frozen_leaves, batch, advance)
+                lowered = self._program.steps[key].lower(self._leaves, self._frozen_leaves, *inputs)
                 self._compiled[key] = lowered.compile()
         return self._compiled[key]
 
@@ -244,7 +259,7 @@ class _Loop:
             return
         with self._reporter.outside():
             state = self._state()
-            networks = {**self._frozen, **state.networks, **state.ema}
+            networks = joined(self._frozen, {**state.networks, **state.ema})
             values = function(done, networks, self._writer)
             if values:
                 self._writer.scalars(done, values)
@@ -259,32 +274,44 @@ class _Loop:
             self._checkpoints.save(done, {name: item for name, item in items.items() if name != "ema" or state.ema})
 
 
-def _make_program(
-    run: Run, phases: Mapping[str, Phase], frozen: Mapping[str, Any], batches: Batches, mesh: Mesh
-) -> _Program:
-    """Derives shapes and placements of the state, and the functions to compile."""
+def make_program(
+    run: Run, phases: Mapping[str, Phase], frozen: Mapping[str, Any], inputs: Mapping[str, Any], mesh: Mesh
+) -> Program:
+    """Derives shapes and placements of the state, and the functions to compile; nothing is computed.
+
+    Args:
+        run: What to train.
+        phases: Phases of all steps, by name.
+        frozen: Frozen networks, or their shapes.
+        inputs: Shapes of the batches, by name.
+        mesh: Mesh; its devices need not exist.
+
+    Returns:
+        The program.
+    """
     objective, training = run.objective, run.training
     networks = abstract_networks(run.build)
     aux = jax.eval_shape(objective.init_aux)
-    inputs = {name: batches.abstract(name) for name in {phase.batch for phase in phases.values()}}
     names = {
-        name: metric_names(objective, run.axes, phase, {**frozen, **networks}, aux, inputs[phase.batch])
+        name: metric_names(objective, run.axes, phase, frozen, networks, aux, inputs[phase.batch])
         for name, phase in phases.items()
     }
     optimizers = {role: _optimizer(run, role, network) for role, network in networks.items()}
 
     def initialise(given: Mapping[str, Any], key: jax.Array) -> TrainState:
-        trained = initial_networks(objective.roles, run.build, given, key)
+        starts = {role: module for role, module in given.items() if role not in adapted}
+        trained = initial_networks(objective.roles, run.build, starts, key)
         return initial_state(trained, objective.roles, optimizers, objective.init_aux(), names)
 
     given = {role: module for role, module in {**run.frozen, **run.initial}.items() if module is not None}
     given = {role: module for role, module in given.items() if _starts_some(objective.roles, role, run.build)}
+    adapted = {role for role, choice in objective.roles.items() if choice.lora is not None}
     abstract = jax.eval_shape(initialise, given, jax.random.key(0))
-    placements = state_shardings(abstract, run.logical_axes, mesh, run.rules)
+    placements = state_shardings(abstract, objective.roles, run.logical_axes, mesh, run.rules)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, placements
     )
-    settings = StepSettings(training.accumulate, training.log_every, training.seed, run.rules)
+    settings = StepSettings(training.accumulate, training.log_every, run.rules)
     make = partial(make_phase_step, objective, run.axes, placements=placements, settings=settings)
     steps = {}
     for name, phase in phases.items():
@@ -292,7 +319,6 @@ def _make_program(
             variant = replace(phase, reset_optimizer=reset)
             function = make(phase=variant, optimizer=optimizers[phase.role], names=names[name])
             steps[name, reset] = _flat(function, abstract, frozen, placements, mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
 
     def first_state() -> TrainState:
         placed = {
@@ -300,17 +326,16 @@ def _make_program(
         }
         return jax.jit(initialise, out_shardings=placements)(placed, jax.random.key(training.seed))
 
-    advance = (jax.device_put(jnp.int32(0), replicated), jax.device_put(jnp.int32(1), replicated))
-    return _Program(abstract, placements, names, steps, advance, first_state)
+    return Program(abstract, placements, names, steps, first_state)
 
 
 def _flat(function: Any, abstract: TrainState, frozen: Any, placements: TrainState, mesh: Mesh) -> Any:
     """Returns a jitted phase that takes and gives the state as a donated list of arrays."""
     treedef, frozen_treedef = jax.tree.structure(abstract), jax.tree.structure(dict(frozen))
 
-    def flat(leaves: list[jax.Array], frozen_leaves: list[jax.Array], batch: Any, advance: jax.Array) -> Any:
+    def flat(leaves: list[jax.Array], frozen_leaves: list[jax.Array], *inputs: Any) -> Any:
         state = jax.tree.unflatten(treedef, leaves)
-        state, report = function(state, jax.tree.unflatten(frozen_treedef, frozen_leaves), batch, advance)
+        state, report = function(state, jax.tree.unflatten(frozen_treedef, frozen_leaves), *inputs)
         return jax.tree.leaves(state), report
 
     outputs = (jax.tree.leaves(placements), NamedSharding(mesh, PartitionSpec()))
@@ -321,7 +346,8 @@ def _check_roles(run: Run) -> None:
     """Refuses a run whose networks are not those that its objective names."""
     roles = run.objective.roles
     trained = {name for name, role in roles.items() if role.optimizer is not None}
-    for given, wanted, how in ((run.build, trained, "built"), (run.frozen, set(roles) - trained, "given as frozen")):
+    frozen = {name for name, role in roles.items() if role.optimizer is None or role.lora is not None}
+    for given, wanted, how in ((run.build, trained, "built"), (run.frozen, frozen, "given as frozen")):
         if set(given) != wanted:
             raise ConfigError(f"roles {sorted(wanted)} must be {how}, not {sorted(given)}")
 
@@ -345,7 +371,7 @@ def _place_frozen(run: Run, mesh: Mesh) -> dict[str, Any]:
     placed = {}
     for role, module in run.frozen.items():
         dtype = jnp.dtype(run.objective.roles[role].dtype)
-        placements = shardings(module, run.logical_axes, mesh, run.rules)
+        placements = shardings(module, run.logical_axes, mesh, run.objective.roles[role].rules or run.rules)
         cast = jax.jit(lambda module, dtype=dtype: jax.tree.map(lambda leaf: leaf.astype(dtype), module))
         placed[role] = cast(place(module, placements))
     return placed
@@ -374,7 +400,7 @@ def _first_difference(saved: Any, given: Any, path: str = "") -> tuple[str, Any,
     return None
 
 
-def _restored(checkpoints: Checkpoints, program: _Program, batches: Batches, meta: Any) -> TrainState | None:
+def _restored(checkpoints: Checkpoints, program: Program, batches: Batches, meta: Any) -> TrainState | None:
     """Restores the newest whole checkpoint and moves the batches to it; None where there is none."""
     if checkpoints.latest() is None:
         return None

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vidar import devices
 from vidar.errors import DivergenceError
 from vidar.training.config import TrainingConfig
+from vidar.training.health import Health
 from vidar.training.logging import MetricWriter, window_means
 from vidar.training.state import TrainState, report_of
 
@@ -52,6 +53,7 @@ class Reporter:
         self._per_step = {"tokens": tokens_per_step, "flops": flops_per_step}
         peak = devices.peak(mesh.devices.flat[0].device_kind)
         self._peak_flops = None if peak is None else peak.flops * mesh.size
+        self._health = Health()
         self._reports: dict[str, Any] = {}
         self._due: tuple[int, dict[str, Any], dict[str, float]] | None = None
         # Only a person's terminal shows a bar; a log file would be filled by it.
@@ -115,6 +117,7 @@ class Reporter:
         row |= {f"updates/{phase}": int(count) for phase, count in latest["updates"].items()}
         row |= {f"ema_updates/{role}": int(count) for role, count in latest["ema_updates"].items()}
         row["skipped"] = max(int(report["skipped"]) for report in reports.values())
+        row |= self._health.look(step, row)
         self._writer.scalars(step, row | rates)
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in row.items() if name.endswith("/loss")})
         if worst >= self._training.max_nonfinite:

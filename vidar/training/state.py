@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vidar.errors import ConfigError
+from vidar.models.lora import attach
 from vidar.objectives.protocol import Phase, Role
 from vidar.sharding import Rules, shardings
 from vidar.training.optimizers import Optimizer
@@ -167,11 +168,20 @@ def initial_state(
     )
 
 
-def state_shardings(state: TrainState, logical_axes: LogicalAxes, mesh: Mesh, rules: Rules) -> TrainState:
+def joined(frozen: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all networks by role; of a role in both, the adapters are trained and the network is frozen."""
+    both = {role: attach(frozen[role], tree) if role in frozen else tree for role, tree in trained.items()}
+    return {**frozen, **both}
+
+
+def state_shardings(
+    state: TrainState, roles: Mapping[str, Role], logical_axes: LogicalAxes, mesh: Mesh, rules: Rules
+) -> TrainState:
     """Derives where every leaf of an abstract state lies: networks by their axes, all that mirrors them likewise.
 
     Args:
         state: Abstract state.
+        roles: All roles, which may have rules of their own.
         logical_axes: From parameter path and leaf to logical axes.
         mesh: Mesh.
         rules: Logical names to mesh axes.
@@ -180,7 +190,10 @@ def state_shardings(state: TrainState, logical_axes: LogicalAxes, mesh: Mesh, ru
         A state of `NamedSharding`.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-    networks = {role: shardings(network, logical_axes, mesh, rules) for role, network in state.networks.items()}
+    networks = {
+        role: shardings(network, logical_axes, mesh, roles[role].rules or rules)
+        for role, network in state.networks.items()
+    }
 
     def of_optimizer(role: str) -> Any:
         parameters, places = by_path(state.networks[role]), by_path(networks[role])
@@ -197,9 +210,16 @@ def state_shardings(state: TrainState, logical_axes: LogicalAxes, mesh: Mesh, ru
         | {
             "networks": networks,
             "optimizer": {role: of_optimizer(role) for role in state.optimizer},
-            "ema": {role: networks[role] for role in state.ema},
+            "ema": {role: _waiting(networks[role], roles[role]) for role in state.ema},
         }
     )
+
+
+def _waiting(placements: Any, role: Role) -> Any:
+    """Where an average lies between its updates."""
+    if role.ema_memory == "device":
+        return placements
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), placements)
 
 
 def parameter_of(path: Sequence[Any], parameters: Mapping[str, Any]) -> str | None:

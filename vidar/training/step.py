@@ -14,7 +14,7 @@ from vidar.errors import ConfigError
 from vidar.objectives.protocol import Objective, Phase
 from vidar.sharding import Rules, constrain
 from vidar.training.optimizers import Optimizer
-from vidar.training.state import TrainState, Window, by_path, from_paths, parameter_of, report_of
+from vidar.training.state import TrainState, Window, by_path, from_paths, joined, parameter_of, report_of
 
 _OWN_METRICS = ("loss", "gradient_norm", "parameter_norm", "update_norm", "learning_rate")
 
@@ -26,24 +26,25 @@ class StepSettings:
     Attributes:
         accumulate: Microbatches per batch.
         log_every: Steps per window of metrics.
-        seed: Seed of everything drawn while training.
         rules: Logical names to mesh axes.
     """
 
     accumulate: int
     log_every: int
-    seed: int
     rules: Rules
 
 
-def metric_names(objective: Objective, axes: Any, phase: Phase, networks: Any, aux: Any, batch: Any) -> tuple[str, ...]:
+def metric_names(
+    objective: Objective, axes: Any, phase: Phase, frozen: Any, networks: Any, aux: Any, batch: Any
+) -> tuple[str, ...]:
     """Returns the names of a phase's metrics, sorted, from shapes alone.
 
     Args:
         objective: Objective.
         axes: The system's axes, handed to the loss.
         phase: Phase.
-        networks: Abstract networks of all roles.
+        frozen: Frozen networks, or their shapes.
+        networks: Shapes of what is trained, by role.
         aux: Abstract auxiliary state.
         batch: Abstract batch.
 
@@ -55,10 +56,10 @@ def metric_names(objective: Objective, axes: Any, phase: Phase, networks: Any, a
     """
     step, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
 
-    def loss(networks: Any, aux: Any, batch: Any, step: Any, key: Any) -> Any:
-        return objective.loss(phase.name, networks, aux, axes, batch, step, key)
+    def loss(frozen: Any, networks: Any, aux: Any, batch: Any, step: Any, key: Any) -> Any:
+        return objective.loss(phase.name, joined(frozen, networks), aux, axes, batch, step, key)
 
-    _, (metrics, _) = jax.eval_shape(loss, networks, aux, batch, step, key)
+    _, (metrics, _) = jax.eval_shape(loss, dict(frozen), networks, aux, batch, step, key)
     for name, metric in metrics.items():
         if metric.shape:
             raise ConfigError(f"metric {name!r} of phase {phase.name!r} has shape {metric.shape}; metrics are scalars")
@@ -73,7 +74,7 @@ def make_phase_step(
     names: Sequence[str],
     placements: TrainState,
     settings: StepSettings,
-) -> Callable[[TrainState, Mapping[str, Any], Any, jax.Array], tuple[TrainState, dict[str, Any]]]:
+) -> Callable[[TrainState, Mapping[str, Any], Any, jax.Array, jax.Array], tuple[TrainState, dict[str, Any]]]:
     """Builds the update of one phase.
 
     A loss, gradient or update that is not finite leaves parameters, optimizer, average and auxiliary state as they
@@ -89,20 +90,21 @@ def make_phase_step(
         settings: Common to all phases.
 
     Returns:
-        A function of state, frozen networks, batch and the steps to advance by (1 for the last phase of a step, else
-        0), to the next state and a report of small arrays: the phase's window and counters.
+        A function of state, frozen networks, batch, the steps to advance by (1 for the last phase of a step, else 0)
+        and the seed of everything drawn, to the next state and a report of small arrays: the phase's window and
+        counters.
     """
     role = objective.roles[phase.role]
 
     def phase_step(
-        state: TrainState, frozen: Mapping[str, Any], batch: Any, advance: jax.Array
+        state: TrainState, frozen: Mapping[str, Any], batch: Any, advance: jax.Array, seed: jax.Array
     ) -> tuple[TrainState, dict[str, Any]]:
         network = state.networks[phase.role]
         parameters = by_path(network)
         trainable = {path: phase.trainable is None or phase.trainable(path) for path in parameters}
 
         loss = _loss(objective, axes, phase, state, frozen, trainable)
-        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         value, metrics, aux, gradients = _accumulated(loss, parameters, state.aux, batch, key, settings)
         gradients = jax.lax.with_sharding_constraint(gradients, by_path(placements.networks[phase.role]))
 
@@ -125,7 +127,7 @@ def make_phase_step(
             networks={**state.networks, phase.role: from_paths(network, parameters)},
             optimizer={**state.optimizer, phase.role: chosen(moved, old)},
             aux=chosen(aux, state.aux),
-            **_averaged(state, phase.role, role, parameters, applied),
+            **_averaged(state, phase.role, role, parameters, applied, placements.networks[phase.role]),
             **_counted(state, phase.name, names, {**metrics, **own}, applied, settings.log_every),
         )
         return state, report_of(state, phase.name)
@@ -152,7 +154,7 @@ def _loss(
 
     def loss(leaves: Any, aux: Any, microbatch: Any, key: jax.Array) -> Any:
         free = {path: leaf if trainable[path] else jax.lax.stop_gradient(leaf) for path, leaf in leaves.items()}
-        networks = {**frozen, **state.networks, phase.role: from_paths(network, free)}
+        networks = joined(frozen, {**state.networks, phase.role: from_paths(network, free)})
         return objective.loss(phase.name, networks, aux, axes, microbatch, state.step, key)
 
     return loss
@@ -210,7 +212,9 @@ def _only_trainable(moved: Any, old: Any, trainable: Mapping[str, bool]) -> Any:
     return jax.tree_util.tree_map_with_path(choose, moved, old)
 
 
-def _averaged(state: TrainState, name: str, role: Any, parameters: Any, applied: jax.Array) -> dict[str, Any]:
+def _averaged(
+    state: TrainState, name: str, role: Any, parameters: Any, applied: jax.Array, placements: Any
+) -> dict[str, Any]:
     """Returns the moved average of one role; with a decay of 0 before its start, it is a copy until then."""
     if name not in state.ema:
         return {}
@@ -221,7 +225,8 @@ def _averaged(state: TrainState, name: str, role: Any, parameters: Any, applied:
         mixed = decay * average.astype(jnp.float32) + (1.0 - decay) * leaf.astype(jnp.float32)
         return jnp.where(applied, mixed.astype(average.dtype), average)
 
-    old = by_path(state.ema[name])
+    average = state.ema[name] if role.ema_memory == "device" else jax.device_put(state.ema[name], placements)
+    old = by_path(average)
     average = from_paths(state.ema[name], {path: move(leaf, parameters[path]) for path, leaf in old.items()})
     moves = state.ema_updates[name] + (applied & started).astype(jnp.int32)
     return {"ema": {**state.ema, name: average}, "ema_updates": {**state.ema_updates, name: moves}}

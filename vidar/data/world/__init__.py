@@ -1,6 +1,12 @@
 """The procedural world: simulation, rendering, captions, the reader of pixels, and its TFDS builder."""
 
+from vidar.data.world.captioned import CAPTIONED as CAPTIONED
+from vidar.data.world.captioned import draw_held_out as draw_held_out
+from vidar.data.world.captions import ENTERS as ENTERS
+from vidar.data.world.captions import Clause as Clause
 from vidar.data.world.captions import caption as caption
+from vidar.data.world.captions import clauses as clauses
+from vidar.data.world.captions import parse as parse
 from vidar.data.world.reading import Comparison as Comparison
 from vidar.data.world.reading import Reading as Reading
 from vidar.data.world.reading import compare as compare

@@ -8,10 +8,12 @@ import contextlib
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,13 +21,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from vidar.data.world import captioned
 from vidar.data.world.captions import caption
 from vidar.data.world.rendering import render
 from vidar.data.world.simulation import ACTIONS, KINDS, WorldConfig, sample_actions, simulate
 from vidar.errors import ConfigError, DataError, check_range, make_directory
 
 NAME = "vidar_world"
-WORLDS = {"one_shape": WorldConfig(), "shapes": WorldConfig(size=32, shapes=3)}
+WORLDS = {"one_shape": WorldConfig(), "shapes": WorldConfig(size=32, shapes=3), "captioned": captioned.CAPTIONED}
 SPLITS = ("train", "validation")
 CLIPS = {"train": 4_000, "validation": 200}
 
@@ -88,8 +91,15 @@ class VidarWorld(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number in tqdm(range(self._clips[split]), desc=f"{self.builder_config.name} {split}", unit="clip"):
-            yield number, _example(self._world, clip_seed(self._seed, split, number))
+        seeds: Iterator[int] = map(partial(clip_seed, self._seed, split), itertools.count())
+        if self.builder_config.name == "captioned":
+            seeds = captioned.chosen(self._world, seeds, held_out=split == "validation")
+        count = self._clips[split]
+        progress = tqdm(total=count, desc=f"{self.builder_config.name} {split}", unit="clip")
+        for number, seed in enumerate(itertools.islice(seeds, count)):
+            yield number, _example(self._world, seed)
+            progress.update()
+        progress.close()
 
 
 def prepare(
@@ -104,7 +114,8 @@ def prepare(
 
     Args:
         directory: TFDS data directory; the set appears in `<directory>/vidar_world/<config>/1.1.0` when it is complete.
-        config: `one_shape` (16 × 16 pixels) or `shapes` (32 × 32, one to three shapes).
+        config: `one_shape` (16 × 16 pixels), `shapes` (32 × 32, one to three shapes) or `captioned` (20 × 20, one or
+            two shapes; the validation split shows combinations of colours and kinds that training never does).
         clips: Clips of the training split.
         validation_clips: Clips of the validation split, whose seeds occur nowhere in training.
         frames: Frames of a clip, ≥ 2.

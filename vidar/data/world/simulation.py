@@ -33,6 +33,7 @@ _EXTENTS = np.array(
 )
 _REACH = np.array([1.0, _HALF_SIDE * math.sqrt(2), _SIDE / math.sqrt(3)])  # of the furthest point, in radii
 _DIRECTIONS = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], np.float64)
+_ROOM = (4, 6, 10)  # side of a frame that holds one, two or three shapes, in radii
 _STATE, _POLICY = range(2)  # purposes of a seed
 
 
@@ -63,7 +64,7 @@ class WorldConfig:
     def __post_init__(self):
         if not 1 <= self.shapes <= 3:
             raise ConfigError(f"shapes: {self.shapes}; a world has 1 to 3")
-        room = 4 * self.radius if self.shapes == 1 else 2 * self.radius * (self.shapes + 2)
+        room = _ROOM[self.shapes - 1] * self.radius
         if not 0 < room <= self.size:
             raise ConfigError(f"size: {self.size} pixels do not hold {self.shapes} shapes of radius {self.radius:g}")
         if self.frames < 2:

@@ -1,4 +1,4 @@
-"""Self forcing: its schedule, where its gradient flows and where not, the DMD and critic losses against numpy."""
+"""Distillation: its schedule, where its gradient flows and where not, its losses against numpy."""
 
 import functools
 from dataclasses import replace
@@ -15,7 +15,9 @@ from vidar.attention.visibility import Bidirectional, TeacherForcing, chunk_layo
 from vidar.models.frames import Frames
 from vidar.objectives import targets
 from vidar.objectives.diffusion import Diffusion
-from vidar.objectives.self_forcing import SelfForcing
+from vidar.objectives.distillation import Distillation
+from vidar.objectives.forcing import SelfForcing
+from vidar.objectives.matching import DMD
 from vidar.objectives.teacher_forcing import TeacherForcing as TeacherForcingObjective
 from vidar.sampling import flight
 from vidar.sampling.flight import Flight
@@ -25,7 +27,7 @@ from vidar.sampling.solvers import FewStep
 
 KEY = jax.random.key(3)
 AXES = axes(frames=4, chunk=2, solver=FewStep((1000.0, 600.0, 300.0)), window=4)
-OBJECTIVE = SelfForcing(guidance=classifier_free(4.0, ("text",)), given=1)
+OBJECTIVE = Distillation(SelfForcing(given=1), DMD(guidance=classifier_free(4.0, ("text",))))
 NETWORKS = {name: network(TEXT, seed) for seed, name in enumerate(("student", "critic", "teacher"))}
 
 
@@ -42,7 +44,7 @@ def session_keys(data, phase="student"):
 @functools.cache
 def gradients(phase, given=1):
     """Loss, metrics, and the gradient with respect to every network of one phase."""
-    objective, data = replace(OBJECTIVE, given=given), batch()
+    objective, data = replace(OBJECTIVE, forcing=SelfForcing(given=given)), batch()
 
     def loss(networks):
         value, (metrics, _) = objective.loss(phase, networks, (), AXES, data, jnp.int32(0), KEY)
@@ -51,8 +53,10 @@ def gradients(phase, given=1):
     return quick_jit(jax.value_and_grad(loss, has_aux=True))(NETWORKS)
 
 
-def rollout(student, data, exit_row, objective=OBJECTIVE, phase="student"):
-    return objective.rollout(student, data, AXES, session_keys(data, phase), exit_row)
+def rollout(student, data, exit_row, forcing=OBJECTIVE.forcing, phase="student"):
+    chunks = (4 - forcing.given_frames(AXES)) // 2
+    exit_rows = jnp.broadcast_to(exit_row, (chunks,))
+    return forcing.rollout(student, data, AXES, session_keys(data, phase), exit_rows, jnp.int32(0))
 
 
 def assert_trees_close(ours, theirs, tolerance=1e-4):
@@ -66,7 +70,7 @@ def assert_trees_close(ours, theirs, tolerance=1e-4):
 
 def test_schedule_of_the_paper():
     """600 steps are 120 updates of the student and 600 of the critic; the average moves 80 times."""
-    objective = SelfForcing()
+    objective = Distillation()
     phases = [(step, phase) for step in range(600) for phase in objective.phases(step)]
     student = [step for step, phase in phases if phase.name == "student"]
     assert (len(student), sum(phase.name == "critic" for _, phase in phases)) == (120, 600)
@@ -75,12 +79,13 @@ def test_schedule_of_the_paper():
     assert role.ema == 0.99
     assert [phase.name for phase in objective.phases(0)] == ["student", "critic"]
     assert len({phase.batch for phase in objective.phases(0)}) == 2
-    assert (objective.shift, objective.low, objective.high) == (5.0, 0.02, 0.98)
+    noise = objective.matching.noise
+    assert (noise.shift, noise.low, noise.high) == (5.0, 0.02, 0.98)
     np.testing.assert_allclose(1000 * FewStep().levels, [1000, 937.5, 833.333, 625, 0], atol=1e-3)
 
 
 def test_critic_starts_from_the_teacher_which_is_frozen():
-    roles = SelfForcing(student="runs/a", teacher="runs/b").roles
+    roles = Distillation(student="runs/a", teacher="runs/b").roles
     assert {name: (role.source, role.optimizer) for name, role in roles.items()} == {
         "student": ("runs/a", "student"),
         "critic": ("runs/b", "critic"),
@@ -115,12 +120,12 @@ def test_one_exit_row_for_all_clips_drawn_uniformly():
 def test_gradient_is_that_of_the_exit_passes_alone(exit_row):
     """Against chunks written out: constant context, constant latents, one differentiated pass each, live text."""
     data, student, plan = batch(), NETWORKS["student"], AXES.sampler
-    objective = replace(OBJECTIVE, given=0)
+    forcing = SelfForcing()
     weights = jax.random.normal(jax.random.key(8), data.latents.shape)
     table = jnp.asarray(plan.solver.levels, jnp.float32)
 
     def ours(student):
-        return jnp.sum(weights * rollout(student, data, jnp.int32(exit_row), objective))
+        return jnp.sum(weights * rollout(student, data, jnp.int32(exit_row), forcing))
 
     def predict(student, x, level, start, cache):
         stream = Frames(x, jnp.full((2, 2), level), chunk_layout(2, 2), start=jnp.full((2,), start, jnp.int32))
@@ -159,15 +164,15 @@ def test_no_gradient_crosses_from_chunk_to_chunk(monkeypatch):
     predicted = Flight.run_to_exit
 
     def run(shift_bu):
-        def shifted(flight, model, exit_row):
-            done = predicted(flight, model, exit_row)
+        def shifted(flight, model, exit_row, gradient):
+            done, written = predicted(flight, model, exit_row, gradient)
             chunk = jnp.broadcast_to(done.start, (2,)) // plan.chunk
             shift = jnp.take_along_axis(shift_bu, chunk[:, None], axis=1)
-            return replace(done, latents=done.latents + shift[:, :, None, None, None])
+            return replace(done, latents=done.latents + shift[:, :, None, None, None]), written
 
         with monkeypatch.context() as patch:
             patch.setattr(Flight, "run_to_exit", shifted)
-            video = rollout(NETWORKS["student"], data, jnp.int32(1), replace(OBJECTIVE, given=0))
+            video = rollout(NETWORKS["student"], data, jnp.int32(1), SelfForcing())
         return video.reshape(2, 2, -1)
 
     still, moved = (quick_jit(run)(jnp.zeros((2, 2)).at[0, 0].set(shift)) for shift in (0.0, 0.5))

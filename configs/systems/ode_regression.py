@@ -1,0 +1,37 @@
+"""ODE regression: a few-step causal student learns the ends of a bidirectional teacher's trajectories.
+
+Paper: CausVid (arXiv 2412.07772, section 4.3), with the level list of Self Forcing.
+Data: `vidar data trajectories --model runs/world_teacher --tfds vidar_world/one_shape --directory data/world --given 1
+    --times 1000,750,500,250 --shift 5 --solver-steps 48 --count 4096 --output data/world_trajectories`;
+    wan_1_3b: the same from a published teacher and prompts, or `--lmdb` for the pairs that CausVid published.
+Command: `vidar train --config configs/systems/ode_regression.py:BASE --workdir runs/BASE_ode`
+    BASE is world (the default), doom or wan_1_3b.
+Hardware: world and doom: 2 CPU cores; wan_1_3b: 8 TPU v5p, 3,000 updates in CausVid.
+Metric: as self_forcing_dmd.py, which it starts.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vidar.config import load
+
+
+def get_config(base: str = "world") -> ConfigDict:
+    """The experiment."""
+    card = Path(__file__).with_name("self_forcing_dmd.py")
+    config = load(f"{card}:{base or 'world'}").unlock()
+    wan = base == "wan_1_3b"
+    given = 0 if wan else 1
+    start = "checkpoints/wan_1_3b.safetensors" if wan else config.objective.student
+    config.objective = {"kind": "ode_regression", "given": given, "start": start, "ema": 0.99}
+    for unused in ("teacher", "critic", "roles"):
+        if unused in config:
+            del config[unused]
+    config.data.trajectories = f"data/{base or 'world'}_trajectories"
+    if wan:
+        del config.data.prompts
+    del config.optimizers.critic
+    if wan:
+        config.training.update({"steps": 3000})
+    return config

@@ -1,0 +1,195 @@
+"""A grid as a person runs it: through, killed and restarted, by two processes at once; all with the same numbers."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests.ablation.small import finished, loaded, start, written
+from vidar.ablation.findings import gather
+from vidar.ablation.report import write_report
+from vidar.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+ONE_SEED = "--config.seeds=(3,)"
+CELLS = [f"{cell}-seed{seed}" for cell in ("diffusion", "teacher") for seed in (3, 5)]
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("card"))
+
+
+@pytest.fixture(scope="module")
+def whole(card, tmp_path_factory, compiled_once):
+    """The grid, run by one process without a disturbance, and what it said."""
+    output = tmp_path_factory.mktemp("ablation") / "whole"
+    return output, finished(start(card, output))
+
+
+def same(found, expected):
+    """Asserts that a directory with one seed holds the same results as the whole one, bit for bit."""
+    cells = ["diffusion-seed3", "teacher-seed3"]
+    assert sorted(path.name for path in (found / "cells").iterdir()) == cells
+    for cell in cells:
+        for name in ("metrics.json", "fingerprint.json"):
+            assert (found / "cells" / cell / name).read_text() == (expected / "cells" / cell / name).read_text()
+        costs = [json.loads((place / "cells" / cell / "trained.json").read_text()) for place in (found, expected)]
+        assert [cost.pop("seconds") > 0 for cost in costs] == [True, True]
+        assert costs[0] == costs[1]
+        one, other = (dict(np.load(place / "cells" / cell / "rollouts.npz")) for place in (found, expected))
+        assert sorted(one) == sorted(other)
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_every_cell_gets_its_updates_and_is_rolled_out(whole):
+    output, said = whole
+    assert "cell 4 of 4" in said
+    assert "left" in said
+    assert "Verdict" in said
+    for cell in CELLS:
+        cost = json.loads((output / "cells" / cell / "trained.json").read_text())
+        assert cost["updates"] == {"student": 60}
+        assert cost["flops"] == pytest.approx(60 * cost["flops of an update"]["student"])
+    with np.load(output / "cells" / "teacher-seed3" / "rollouts.npz") as rollouts:
+        assert sorted(rollouts) == ["control 0.5", "control 1", "video"]
+        assert {rollouts[name].shape for name in rollouts} == {(3, 12, 16, 16, 3)}
+        with np.load(output / "truth.npz") as truth:
+            np.testing.assert_array_equal(rollouts["video"][:, 0], truth["pixels"][:, 0])
+            assert (rollouts["control 1"][:, 0] != truth["pixels"][:, 0]).mean() > 0.9
+    with np.load(output / "cells" / "diffusion-seed3" / "rollouts.npz") as rollouts:
+        assert list(rollouts) == ["video"]
+    videos = [np.load(output / "cells" / cell / "rollouts.npz")["video"] for cell in CELLS]
+    assert len({video.tobytes() for video in videos}) == 4
+
+
+def test_report_holds_every_cell_and_nothing_from_elsewhere(whole, card):
+    output, _ = whole
+    findings = gather(loaded(card), output)
+    assert not findings.missing
+    page, text = (path.read_text() for path in (write_report(findings), output / "report" / "report.md"))
+    for content in (page, text):
+        for cell in ("diffusion", "teacher"):
+            assert content.count(cell) > 4
+    assert "<script" not in page
+    assert 'src="data:image/png' in page
+    assert 'src="data:image/webp' in page
+    assert "http" not in page
+    for picture in ("drift-cells.png", "rollouts-teacher.png", "rollouts-diffusion.webp"):
+        assert (output / "report" / picture).stat().st_size > 1000
+    with np.load(output / "truth.npz") as truth:
+        pixels = truth["pixels"].astype(np.float64)
+    late = []
+    for seed in (3, 5):
+        video = np.load(output / "cells" / f"teacher-seed{seed}" / "rollouts.npz")["video"].astype(np.float64)
+        error = np.mean(((video - pixels)[:, 8:12] / 255) ** 2, axis=(2, 3, 4))
+        late.append(np.mean(-10 * np.log10(error)))
+    cell = next(cell for cell in findings.grid.cells if cell.name == "teacher")
+    found = findings.estimate((cell,), "late", "psnr")
+    assert found is not None
+    assert found.mean == pytest.approx(np.mean(late), rel=1e-12)
+    rows = text[text.index("late: frames 8 to 11") :].splitlines()
+    header = next(row for row in rows if "psnr" in row).split(" | ")
+    row = next(row for row in rows if row.startswith("| teacher")).split(" | ")
+    assert row[header.index("psnr ↑")].startswith(f"{found.mean:.3g} [")
+    assert findings.contrast is not None
+    assert (findings.contrast.seeds, findings.contrast.clips) == (2, 3)
+    assert [harm.amount for harm in findings.harms] == [0.5, 1.0]
+    assert "objective.kind | " in text
+
+
+def test_killed_and_restarted_it_loses_only_the_running_cell(whole, card, tmp_path):
+    output = tmp_path / "parts"
+    process = start(card, output, ONE_SEED)
+    running = output / "cells" / "teacher-seed3"
+    while not list(running.glob("run/checkpoints/*/manifest.0.json")):  # the second cell, past its first checkpoint
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    first = output / "cells" / "diffusion-seed3"
+    assert not (running / "done.json").exists()
+    times = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    stage = (output / "stages" / "start" / "done.json").stat().st_mtime_ns
+    said = finished(start(card, output, ONE_SEED))
+    assert "continuing after step" in said
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == times
+    assert (output / "stages" / "start" / "done.json").stat().st_mtime_ns == stage
+    same(output, whole[0])
+
+
+def test_two_processes_make_what_one_makes(whole, card, tmp_path, capsys):
+    output = tmp_path / "shared"
+    processes = [start(card, output, ONE_SEED, "--cell", f"{index}/2") for index in range(2)]
+    said = [finished(process) for process in processes]
+    assert any("waiting for another process, which makes" in text for text in said)
+    assert ["diffusion, seed 3" in text for text in said] == [True, False]
+    assert ["teacher, seed 3" in text for text in said] == [False, True]
+    assert main(["ablate", str(card), "--output", str(output), ONE_SEED, "--report"]) == 0
+    assert "missing" not in capsys.readouterr().out
+    same(output, whole[0])
+
+
+def test_measured_again_it_is_the_same(whole, card, capsys):
+    output, _ = whole
+    command = ["ablate", str(card), "--output", str(output), "--recompute"]
+    assert main(command) == 0
+    assert "4 cells measured again" in capsys.readouterr().out
+    path = output / "cells" / "teacher-seed5" / "metrics.json"
+    before = path.read_text()
+    metrics = json.loads(before)
+    metrics["as trained"]["spans"]["late"]["psnr"][1] += 1e-9
+    path.write_text(json.dumps(metrics))
+    try:
+        assert main(command) == 2
+        assert "teacher-seed5/metrics.json" in capsys.readouterr().err
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.budget.amount=61", ["ablation.json", "budget.amount=60", "now 61"]),
+        ("--config.seeds=(3, 6)", ["seeds=[3, 5]", "now [3, 6]"]),
+        ("--config.contrast.metric=sharpness_error", ["contrast.metric", "psnr", "sharpness_error"]),
+        ("--config.base.overrides.model.mlp=24", ["model.mlp=16", "now 24"]),
+    ],
+)
+def test_a_changed_config_is_refused_in_one_line(whole, card, capsys, override, words):
+    for option in ([], ["--report"]):
+        assert main(["ablate", str(card), "--output", str(whole[0]), override, *option]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        for word in words:
+            assert word in lines[0]
+
+
+def test_a_cell_of_another_grid_is_refused(whole, card, tmp_path, capsys):
+    output = tmp_path / "mixed"
+    shutil.copytree(whole[0], output)
+    (output / "cells" / "teacher-seed5").rename(output / "cells" / "away")
+    shutil.copytree(output / "cells" / "teacher-seed3", output / "cells" / "teacher-seed5")
+    assert main(["ablate", str(card), "--output", str(output), "--report"]) == 2
+    error = capsys.readouterr().err
+    assert "teacher-seed5" in error
+    assert "seed=3, now 5" in error
+
+
+def test_missing_cells_are_listed(whole, card, tmp_path, capsys):
+    output = tmp_path / "partial"
+    shutil.copytree(whole[0], output)
+    (output / "cells" / "teacher-seed5" / "done.json").unlink()
+    shutil.rmtree(output / "cells" / "diffusion-seed3")
+    assert main(["ablate", str(card), "--output", str(output), "--report"]) == 0
+    said = capsys.readouterr().out
+    assert "missing: diffusion seed 3, teacher seed 5" in said
+    assert "no seed has all the cells" in said
+    text = (output / "report" / "report.md").read_text()
+    assert "| diffusion | 3 | not begun |" in text
+    assert "| teacher | 5 | begun |" in text

@@ -1,0 +1,160 @@
+"""A task with known answers: independent Gaussian latents, and networks that are exact for Gaussians.
+
+Every network is a Gaussian `N(mean, deviation²)` of each latent element, and answers as one whose data it is; so a
+trained student *is* a distribution, and its divergence from the truth is a closed formula.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tests.networks import CONFIG, sampler
+from vidar.attention.visibility import TeacherForcing
+from vidar.diffusion.levels import LevelsConfig
+from vidar.models.frames import Batch, Conditions
+from vidar.sampling.axes import Axes
+from vidar.sampling.solvers import FewStep
+
+LATENT = (1, 2, 2)
+MEAN = np.array([[[1.5, -1.0], [0.5, 1.0]]], np.float32)
+DEVIATION = np.array([[[0.4, 0.7], [0.5, 0.3]]], np.float32)
+FRAMES = 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network returns: predictions, and keys and values for a cache, which say nothing here."""
+
+    predictions: tuple
+    keys: jax.Array
+    values: jax.Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["mean", "log_deviation"], meta_fields=["answers"])
+@dataclass(frozen=True)
+class Gaussian:
+    """A network that knows Gaussian data: as a denoiser the posterior mean, as a student the exact ODE's end."""
+
+    mean: jax.Array
+    log_deviation: jax.Array
+    answers: str = "denoiser"
+
+    @property
+    def config(self):
+        return replace(CONFIG, layers=1, heads=1, width=16, channels=2, patch=1, prediction="v")
+
+    def __call__(self, streams, conditions, *, visibility, cache=None, taps=()):
+        predictions = []
+        for stream in streams:
+            level = stream.level[:, :, None, None, None]
+            mean, variance = self.mean[None, None], jnp.exp(2 * self.log_deviation)[None, None]
+            total = jnp.square(1 - level) * variance + jnp.square(level)
+            if self.answers == "denoiser":
+                clean = mean + variance * (1 - level) / total * (stream.latents - (1 - level) * mean)
+            else:
+                clean = mean + jnp.sqrt(variance / total) * (stream.latents - (1 - level) * mean)
+            predictions.append((stream.latents - clean) / jnp.maximum(level, 1e-6))
+        rows, frames = streams[0].latents.shape[:2]
+        nothing = jnp.zeros((1, rows, frames * 2, 1, 16))
+        return Answer(tuple(predictions), nothing, nothing)
+
+    def encode_conditioning(self, *arguments):
+        return None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["linear", "square", "offset"], meta_fields=[])
+@dataclass(frozen=True)
+class Quadratic:
+    """A discriminator that is exact between Gaussians at one level."""
+
+    linear: jax.Array
+    square: jax.Array
+    offset: jax.Array
+
+    def logits(self, frames, conditions):
+        x = frames.latents
+        terms = self.linear[None, None] * x + self.square[None, None] * jnp.square(x)
+        return jnp.mean(jnp.sum(terms, axis=(2, 3, 4)), axis=1) + self.offset
+
+
+def truth(answers="denoiser"):
+    return Gaussian(jnp.asarray(MEAN), jnp.log(jnp.asarray(DEVIATION)), answers)
+
+
+def beginner(answers="denoiser"):
+    return Gaussian(jnp.zeros(LATENT), jnp.zeros(LATENT), answers)
+
+
+def discriminator():
+    return Quadratic(jnp.zeros(LATENT), jnp.zeros(LATENT), jnp.zeros(()))
+
+
+def divergence(student) -> float:
+    """KL divergence of one frame of the student from the truth, in nats."""
+    mean, variance = np.asarray(student.mean, np.float64), np.exp(2 * np.asarray(student.log_deviation, np.float64))
+    true = DEVIATION.astype(np.float64) ** 2
+    return float(0.5 * np.sum(variance / true + (mean - MEAN) ** 2 / true - 1 + np.log(true / variance)))
+
+
+def axes(beside=False, times=(1000.0, 500.0)):
+    plan = sampler(frames=FRAMES, chunk=2, solver=FewStep(times))
+    plan = replace(plan, latent=LATENT, tokens=2)
+    visibility = TeacherForcing() if beside else plan.visibility
+    return Axes(LevelsConfig(), visibility, plan)
+
+
+def data(key, rows=256):
+    latents = jnp.asarray(MEAN)[None, None] + jnp.asarray(DEVIATION)[None, None] * jax.random.normal(
+        key, (rows, FRAMES, *LATENT)
+    )
+    return Batch(latents, Conditions(), jnp.arange(rows, dtype=jnp.int32))
+
+
+def train(objective, networks, axis, steps, rates):
+    """Trains as the driver does, phase by phase, and returns the student.
+
+    Args:
+        objective: Any objective.
+        networks: By role.
+        axis: Axes.
+        steps: Global steps, whole cycles of phases.
+        rates: Learning rate by trained role, the student's falls to zero over the run.
+    """
+    roles = {role for role, choice in objective.roles.items() if choice.optimizer is not None}
+    cycle = next(n for n in range(1, 20) if objective.phases(steps + n) == objective.phases(steps))
+    updates = sum(one.role == "student" for step in range(steps) for one in objective.phases(step))
+    schedules = {role: rates[role] for role in roles} | {
+        "student": optax.cosine_decay_schedule(rates["student"], updates)
+    }
+    optimizers = {role: optax.adam(schedules[role], b1=0.5, b2=0.99) for role in roles}
+    trained = {role: networks[role] for role in roles}
+    states = {role: optimizers[role].init(trained[role]) for role in roles}
+
+    def phase(carry, step, name, role):
+        trained, states = carry
+        key = jax.random.fold_in(jax.random.key(7), step)
+        batch = data(jax.random.fold_in(key, len(name)))
+
+        def loss(network):
+            return objective.loss(name, {**networks, **trained, role: network}, (), axis, batch, step, key)[0]
+
+        updates, state = optimizers[role].update(jax.grad(loss)(trained[role]), states[role])
+        moved = jax.tree.map(jnp.add, trained[role], updates)
+        return {**trained, role: moved}, {**states, role: state}
+
+    @jax.jit
+    def run(carry):
+        def body(carry, first):
+            for offset in range(cycle):
+                for one in objective.phases(offset):
+                    carry = phase(carry, first + offset, one.name, one.role)
+            return carry, None
+
+        return jax.lax.scan(body, carry, jnp.arange(0, steps, cycle, dtype=jnp.int32))[0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        return run((trained, states))[0]["student"]

@@ -1,0 +1,42 @@
+"""Every experiment card composes, and says of itself what a person needs."""
+
+from pathlib import Path
+
+import pytest
+
+from vidar.ablation.card import load_ablation
+from vidar.training.experiment import abstract_run, load_run_config
+
+CONFIGS = Path("configs")
+SYSTEMS = sorted(path for path in (CONFIGS / "systems").glob("*.py"))
+PLAIN = sorted(path for path in CONFIGS.glob("*/*.py") if path.parent.name not in ("systems", "ablations"))
+CARDS = [str(path) for path in PLAIN] + [f"{path}:{base}" for path in SYSTEMS for base in ("world", "doom", "wan_1_3b")]
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_composes(card):
+    run = abstract_run(load_run_config(card))
+    assert {role.optimizer for role in run.objective.roles.values()} - {None} == set(run.optimizers)
+
+
+@pytest.mark.parametrize("path", [*PLAIN, *SYSTEMS], ids=str)
+def test_a_card_says_what_it_needs(path):
+    text = path.read_text()
+    for word in ("Paper", "Command: ", "Hardware: ", "Metric: "):
+        assert word in text
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "ablations").glob("*.py")), ids=str)
+def test_an_ablation_is_one(path):
+    assert load_ablation(path).name == path.stem
+
+
+def test_the_published_settings_of_self_forcing():
+    config = load_run_config("configs/systems/self_forcing_dmd.py:wan_1_3b")
+    objective, optimizers = config.objective, config.optimizers
+    assert (optimizers["student"].learning_rate, optimizers["critic"].learning_rate) == (2e-6, 4e-7)
+    assert (optimizers["student"].beta1, optimizers["student"].clip, config.data.batch) == (0.0, 10.0, 64)
+    assert (objective.generator_every, objective.ema, objective.ema_start, config.training.steps) == (5, 0.99, 200, 600)
+    assert [branch.coefficient for branch in objective.matching.guidance] == [4.0, -3.0]
+    assert (config.teacher.width, config.critic.width, config.model.width) == (5120, 1536, 1536)
+    assert (config.video.frames, config.video.chunk) == (21, 3)

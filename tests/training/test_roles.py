@@ -1,0 +1,178 @@
+"""What roles take of the machine: adapters, heads, types, placement, averages in host memory; through the driver."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidar.attention.visibility import Bidirectional, chunk_layout
+from vidar.errors import ConfigError
+from vidar.models.frames import Conditions, Frames
+from vidar.system import load, system_config
+from vidar.training.experiment import RunConfig, make_run
+from vidar.training.loop import train
+from vidar.training.state import by_path
+
+MODEL = {
+    "width": 16, "layers": 2, "heads": 1, "mlp": 16, "channels": 48, "actions": {"kind": "discrete", "count": 5},
+    "precision": {"compute": "float32"},
+}  # fmt: skip
+TEACHER = {
+    "objective": {"kind": "diffusion", "ema": None},
+    "visibility": {"kind": "bidirectional"},
+    "video": {"frames": 4, "chunk": 2},
+    "codec": {"kind": "pixel", "patch": 4},
+    "model": MODEL,
+    "plan": {"lag": 0},
+    "data": {"frames": 4, "batch": 4},
+    "training": {"steps": 1, "log_every": 1, "tensorboard": False},
+    "optimizers": {"student": {"learning_rate": 0.01}},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    """Compiles faster: these steps run once or twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def built(**changes):
+    return system_config(TEACHER | changes, RunConfig)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A teacher, and a causal student of half its width."""
+    root = tmp_path_factory.mktemp("sources")
+    small = MODEL | {"width": 8}
+    train(make_run(built()), root / "teacher")
+    train(make_run(built(visibility={"kind": "chunk_causal"}, plan={}, model=small)), root / "student")
+    return root
+
+
+def distilled(sources, objective=(), **changes):
+    """A distillation of the teacher into the smaller student."""
+    sources = {"student": str(sources / "student"), "teacher": str(sources / "teacher")}
+    fields = {
+        "objective": {"kind": "distillation", "generator_every": 1, "ema_start": 0} | sources | dict(objective),
+        "visibility": {"kind": "chunk_causal"},
+        "plan": {},
+        "solver": {"kind": "few_step", "times": (1000.0, 500.0)},
+        "model": MODEL | {"width": 8},
+        "teacher": MODEL,
+        "optimizers": {role: {"learning_rate": 0.01} for role in ("student", "critic")},
+        "training": {"steps": 2, "log_every": 1, "tensorboard": False},
+    }
+    return built(**(fields | changes))
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def predict(model):
+    stream = Frames(jnp.ones((1, 4, 4, 4, 48)), jnp.full((1, 4), 0.5), chunk_layout(4, 2))
+    return model((stream,), Conditions(actions=jnp.ones((1, 4), jnp.int32)), visibility=Bidirectional()).predictions[0]
+
+
+def test_a_student_smaller_than_its_teacher(sources, tmp_path):
+    state = train(make_run(distilled(sources)), tmp_path)
+    assert state.networks["student"].config.width == 8
+    assert state.networks["critic"].config.width == 16
+    row = rows(tmp_path)[-1]
+    assert {"student/contrast", "student/colour_shift", "student/dmd_gradient", "critic/loss"} <= set(row)
+    assert any(name.startswith("student/disagreement_level/") for name in row)
+    assert row["health/critic_to_student"] == pytest.approx(row["critic/loss"] / row["student/loss"])
+
+
+def test_a_critic_of_its_own_shape_needs_weights_of_its_own(sources):
+    critic = MODEL | {"width": 8}
+    config = distilled(sources, {"critic": str(sources / "student")}, critic=critic)
+    assert make_run(config).initial["critic"].config.width == 8
+    with pytest.raises(ConfigError, match=r"objective.critic=.*another shape"):
+        make_run(distilled(sources, critic=critic))
+
+
+def test_adapters_are_trained_beside_a_frozen_network_and_loaded_merged(sources, tmp_path):
+    lora = {"rank": 2, "targets": ("query", "value")}
+    config = distilled(sources, roles={"student": {"lora": lora}, "critic": {"lora": lora, "dtype": "bfloat16"}})
+    run = make_run(config)
+    assert run.frozen["student"].config.width == 8
+    state = train(run, tmp_path)
+    trained = state.networks["student"]
+    assert {leaf.shape[-1] if "lora_in" in path else leaf.shape[-2] for path, leaf in trained.items()} == {2}
+    assert max(float(jnp.abs(leaf).max()) for path, leaf in trained.items() if "lora_out" in path) > 0
+    _, before = load(sources / "student")
+    _, after = load(tmp_path)
+    kernels = {path for path, leaf in by_path(after).items() if np.any(leaf != by_path(before)[path])}
+    assert kernels == {f".blocks.attention.{name}.kernel.value" for name in ("query", "value")}
+    expected = by_path(before)[".blocks.attention.query.kernel.value"] + (
+        state.ema["student"][".blocks.attention.query.lora_in.value"]
+        @ state.ema["student"][".blocks.attention.query.lora_out.value"]
+    )
+    np.testing.assert_allclose(by_path(after)[".blocks.attention.query.kernel.value"], expected, atol=1e-6)
+    # It goes on where it stopped, and from other weights not at all.
+    longer = replace(config, training=replace(config.training, steps=3))
+    assert int(train(make_run(longer), tmp_path).step) == 3
+
+
+def test_discriminator_heads_are_warmed_up_alone(sources, tmp_path):
+    matching = {"kind": "gan", "warmup": 2, "heads": {"taps": (0, 1), "mlp": 1}, "penalty_real": 0.1}
+    config = distilled(sources, {"matching": matching})
+    start = make_run(config).initial["critic"]
+    training = {"steps": 2, "log_every": 1, "tensorboard": False}
+    state = train(make_run(replace(config, training=replace(config.training, **training))), tmp_path)
+    critic, first = by_path(state.networks["critic"]), by_path(start)
+    moved = {path for path, leaf in critic.items() if np.any(np.asarray(leaf) != np.asarray(first[path]))}
+    assert moved
+    assert not any(path.startswith(".network.") for path in moved)
+    assert int(state.updates["heads"]) == 2
+    longer = replace(config, training=replace(config.training, steps=4))
+    state = train(make_run(longer), tmp_path / "longer")
+    assert {name: int(count) for name, count in state.updates.items()} == {"heads": 2, "student": 2, "critic": 2}
+    critic = by_path(state.networks["critic"])
+    assert any(
+        np.any(np.asarray(leaf) != np.asarray(first[path])) for path, leaf in critic.items() if ".network." in path
+    )
+
+
+def test_an_average_may_wait_in_host_memory(sources, tmp_path):
+    kinds = set()
+    averages = {}
+    for memory in ("device", "host"):
+        config = distilled(sources, roles={"student": {"ema_memory": memory}})
+        state = train(make_run(config), tmp_path / memory)
+        averages[memory] = {path: np.asarray(leaf) for path, leaf in by_path(state.ema["student"]).items()}
+        kinds.add(jax.tree.leaves(state.ema)[0].sharding.memory_kind)
+    assert len(kinds) == 2
+    assert "pinned_host" in kinds
+    for path, leaf in averages["device"].items():
+        np.testing.assert_array_equal(averages["host"][path], leaf, err_msg=path)
+
+
+def test_frozen_networks_are_stored_in_their_type(sources, tmp_path):
+    teacher = {"dtype": "bfloat16", "rules": {"embed": None}}
+    state = train(make_run(distilled(sources, roles={"teacher": teacher})), tmp_path)
+    assert np.isfinite(float(jax.tree.leaves(state.networks)[0].sum()))
+    with pytest.raises(ConfigError, match=r"roles.teacher: dtype='int8' must be one of float32"):
+        distilled(sources, roles={"teacher": {"dtype": "int8"}})
+
+
+@pytest.mark.parametrize(
+    "forcing, matching, visibility",
+    [("diffusion", "dmd", "chunk_causal"), ("teacher", "dmd", "teacher_forcing"), ("self", "sid", "chunk_causal"),
+     ("diffusion", "gan", "chunk_causal")],
+)  # fmt: skip
+def test_combinations_train(sources, tmp_path, forcing, matching, visibility):
+    objective = {"forcing": {"kind": forcing}, "matching": {"kind": matching}}
+    config = distilled(sources, objective, visibility={"kind": visibility})
+    before = by_path(make_run(config).initial["student"])
+    state = train(make_run(config), tmp_path)
+    assert int(state.skipped) == 0
+    moved = [path for path, leaf in by_path(state.networks["student"]).items() if np.any(leaf != before[path])]
+    assert len(moved) > 10

@@ -1,0 +1,147 @@
+"""Directories that several processes share: what they hold is written whole, claimed by one, and never mixed.
+
+A lock ends with the process that holds it, however that ends. This module must not know what is computed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidar.errors import CheckpointError, ConfigError, make_directory
+from vidar.evaluation.writing import replaced
+
+_logger = logging.getLogger("vidar")
+RECORD = "fingerprint.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes plain values; the file is whole or absent."""
+    with replaced(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads plain values.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): delete its directory to make it again") from error
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes named arrays, compressed; the file is whole or absent."""
+    with replaced(path) as unfinished, unfinished.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads named arrays.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    # A damaged archive fails in as many ways as it has layers.
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): delete its directory to make it again") from error
+
+
+def fingerprint(document: Any) -> str:
+    """16 hexadecimal digits that tell plain values apart."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settle(path: Path, document: Any, what: str) -> None:
+    """Writes down what a directory is for, or refuses one that is for something else.
+
+    Args:
+        path: File that says it.
+        document: Plain values that determine everything in the directory.
+        what: What it is, for the message.
+
+    Raises:
+        ConfigError: The file says something else; the message names the first difference.
+    """
+    document = json.loads(json.dumps(document))
+    if not path.exists():
+        make_directory(path.parent)
+        write_json(path, {"fingerprint": fingerprint(document), "config": document})
+        return
+    found = difference(read_json(path).get("config"), document)
+    if found is not None:
+        raise ConfigError(
+            f"{path}: holds {what} with {found[0]}={_short(found[1])}, now {_short(found[2])}: "
+            "go on with the same card, or give another --output"
+        )
+
+
+def difference(saved: Any, given: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first place where two plain values differ, with both values there; None where they are equal."""
+    if isinstance(saved, dict) and isinstance(given, dict):
+        for key in dict.fromkeys([*saved, *given]):
+            found = difference(saved.get(key), given.get(key), f"{path}.{key}" if path else str(key))
+            if found is not None:
+                return found
+        # A key that is absent on one side and None on the other.
+        return None if saved.keys() == given.keys() else (path, sorted(saved), sorted(given))
+    return None if saved == given else (path or "everything", saved, given)
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[bool]:
+    """Claims a directory for this process; gives False where a live process has it."""
+    lock = _open(directory)
+    try:
+        yield _locked(lock, wait=False)
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def alone(directory: Path, what: str) -> Iterator[None]:
+    """Waits until this process is the only one at work in a directory."""
+    lock = _open(directory)
+    try:
+        if not _locked(lock, wait=False):
+            _logger.info("waiting for another process, which makes %s", what)
+            _locked(lock, wait=True)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _open(directory: Path) -> int:
+    make_directory(directory)
+    try:
+        return os.open(directory / ".claim", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written: {error.strerror}") from error
+
+
+def _locked(lock: int, wait: bool) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        # Anything else is a file system without locks, where each process must be given cells of its own.
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

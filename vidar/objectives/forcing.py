@@ -1,0 +1,225 @@
+"""Where the videos come from that a student is distilled on: its own rollouts, or one parallel pass over data.
+
+Each forcing turns a batch into videos that are differentiable in the student, and says which of their frames count. It
+must not know what the videos are compared with.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from vidar.attention.visibility import CLEAN, Layout, Without
+from vidar.diffusion import flow
+from vidar.errors import check_range
+from vidar.models.frames import Batch, Conditions, Frames
+from vidar.objectives import targets
+from vidar.sampling.axes import Axes
+from vidar.sampling.flight import Gradient
+from vidar.sampling.solvers import level_table
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["video", "conditions", "metrics"], meta_fields=["given"])
+@dataclass(frozen=True)
+class Generated:
+    """Videos of a student.
+
+    Attributes:
+        video: `[b, f, h, w, c]`, differentiable in the student.
+        conditions: Conditions of these frames.
+        metrics: Scalars for the log.
+        given: First frames, which are context: they carry no loss, and whoever judges the video sees them clean.
+    """
+
+    video: jax.Array
+    conditions: Conditions
+    metrics: dict[str, jax.Array]
+    given: int = 0
+
+    @property
+    def counts(self) -> jax.Array:
+        """Frames that carry loss, bool `[f]`."""
+        return jnp.arange(self.video.shape[1]) >= self.given
+
+
+@dataclass(frozen=True)
+class SelfForcing:
+    """The student's own rollouts through the cache, as at inference (Self Forcing, arXiv 2506.08009).
+
+    A random exit row is the last solver step of a chunk; the context is encoded again from what left there.
+
+    Attributes:
+        given: First chunks of each clip that are taken from data instead of generated.
+        frames: Frames of a rollout, given ones included; None for those of a training clip. Of a longer one, a clip at
+            a random place is compared, and only it is differentiated (Self-Forcing++, LongLive).
+        exit: Whether one exit row is drawn for all chunks (`"shared"`) or one for each (`"per_chunk"`).
+        gradient: What of a rollout is differentiated.
+        last_without_first: Whether the last chunk is generated without the first one in view, which for Wan is unlike
+            all others and leaves the window of a longer video (the remedy of Self Forcing, section 3.4).
+    """
+
+    kind: ClassVar[str] = "self"
+    given: int = 0
+    frames: int | None = None
+    exit: Literal["shared", "per_chunk"] = "shared"
+    gradient: Gradient = Gradient()
+    last_without_first: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("forcing.given", self.given, least=0)
+        check_range("forcing.frames", self.frames, least=1)
+
+    def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
+        """Generates a clip for each clip of the batch.
+
+        Args:
+            student: The network.
+            batch: Conditions, and data for the given chunks.
+            axes: The system's axes.
+            key: Key of the step, shared by all clips and devices.
+            key_b: Keys of the clips.
+
+        Returns:
+            The videos, of the training clip's length.
+        """
+        sampler = axes.sampler
+        frames, given = axes.sampler.frames, self.given_frames(axes)
+        chunks = (frames - given) // sampler.chunk
+        # One for all devices: drawn from what no clip has a part in.
+        drawn = () if self.exit == "shared" else (chunks,)
+        exit_rows = jax.random.randint(jax.random.fold_in(key, 2**31 - 1), drawn, 0, sampler.solver.steps)
+        exit_rows = jnp.broadcast_to(exit_rows, (chunks,))
+        # The clip that is compared begins this many chunks after the given ones.
+        most = ((self.frames or frames) - frames) // sampler.chunk
+        skipped = jax.random.randint(jax.random.fold_in(key, 2**31 - 2), (), 0, most + 1)
+        video, metrics = self.rollout(student, batch, axes, key_b, exit_rows, skipped), {}
+        metrics["exit_row"] = jnp.mean(exit_rows.astype(jnp.float32))
+        conditions = batch.conditions.frames(0, frames)
+        if most:
+            conditions = batch.conditions.frames_at(skipped * sampler.chunk, frames)
+            metrics["clip_start"] = skipped.astype(jnp.float32) * sampler.chunk
+        return Generated(video, conditions, metrics, given)
+
+    def rollout(
+        self, student: Any, batch: Batch, axes: Axes, key_b: jax.Array, exit_rows: jax.Array, skipped: jax.Array
+    ) -> jax.Array:
+        """One clip of each rollout, as long as a training clip.
+
+        Args:
+            student: The network.
+            batch: Conditions, and data for the given chunks.
+            axes: The system's axes.
+            key_b: Session keys.
+            exit_rows: For each generated chunk of the clip, the solver step whose clean prediction counts, int32.
+            skipped: Chunks between the given ones and those of the clip, int32 scalar.
+
+        Returns:
+            Video `[b, f, h, w, c]`, differentiable in the student; its first frames are the given ones, or those
+            generated before the clip.
+        """
+        sampler, given = axes.sampler, self.given_frames(axes)
+        rows = batch.index.shape[0]
+        before = batch.latents[:, :given] if given else jnp.zeros((rows, 0, *sampler.latent), jnp.float32)
+        conditions = sampler.encode(student, batch.conditions)
+        long = self.frames is not None and self.frames > sampler.frames
+        # Rollouts hold all of their frames, whatever the clips' length.
+        sampler = replace(sampler, frames=self.frames) if long and sampler.context.window is None else sampler
+        state = sampler.init(student, key_b, actions=conditions.actions, in_step=True)
+        if given:
+            frozen = jax.lax.stop_gradient(student)
+            state = sampler.prefill(frozen, state, before, conditions.frames(0, given))
+        chunks, start = len(exit_rows), jnp.int32(given)
+        if long:
+            frozen, constant = jax.lax.stop_gradient((student, conditions))
+            later = constant.frames(given, self.frames or 0)
+            state, before = jax.lax.stop_gradient(sampler.advance(frozen, state, later, skipped, before))
+            start = start + skipped * sampler.chunk
+        conditions = conditions.frames_at(start, chunks * sampler.chunk)
+        rollout = partial(sampler.rollout, gradient=self.gradient)
+        if not self.last_without_first or chunks == 1:
+            _, video = rollout(student, state, conditions, chunks, exit_rows=exit_rows)
+            return jnp.concatenate([before, video], axis=1)
+        edge = (chunks - 1) * sampler.chunk
+        state, video = rollout(student, state, conditions.frames(0, edge), chunks - 1, exit_rows=exit_rows[:-1])
+        first = 1 if sampler.first else sampler.chunk
+        blind = replace(sampler, visibility=sampler.visibility & Without(first))
+        last = conditions.frames(edge, chunks * sampler.chunk)
+        _, end = blind.rollout(student, state, last, 1, exit_rows=exit_rows[-1:], gradient=self.gradient)
+        return jnp.concatenate([before, video, end], axis=1)
+
+    def given_frames(self, axes: Axes) -> int:
+        """Frames taken from data."""
+        if axes.sampler.first:
+            return 1 + max(0, self.given - 1) * axes.sampler.chunk
+        return self.given * axes.sampler.chunk
+
+
+@dataclass(frozen=True)
+class DiffusionForcing:
+    """One chunk-causal pass over noised data, each chunk at a solver level of its own (CausVid, arXiv 2412.07772).
+
+    Attributes:
+        given: First chunks of each clip that stay clean and carry no loss.
+    """
+
+    kind: ClassVar[str] = "diffusion"
+    given: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("forcing.given", self.given, least=0)
+
+    def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
+        """Denoises each clip of the batch in one pass; arguments as `SelfForcing.generate`."""
+        noisy, given = _noised(batch, axes, key_b, self.given)
+        output = student((noisy,), batch.conditions, visibility=axes.visibility)
+        return _denoised(student, output.predictions[0], noisy, batch, given)
+
+
+@dataclass(frozen=True)
+class TeacherForcing:
+    """One pass over clean ‖ noised data: each chunk at a solver level, its past clean (the TF + DMD baseline).
+
+    Attributes:
+        given: First chunks of each clip that stay clean and carry no loss.
+    """
+
+    kind: ClassVar[str] = "teacher"
+    given: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("forcing.given", self.given, least=0)
+
+    def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
+        """Denoises each clip of the batch in one pass; arguments as `SelfForcing.generate`."""
+        noisy, given = _noised(batch, axes, key_b, self.given)
+        frames = batch.latents.shape[1]
+        clean = Frames(batch.latents, jnp.zeros_like(noisy.level), axes.layout(frames, CLEAN))
+        output = student((clean, noisy), batch.conditions, visibility=axes.visibility)
+        return _denoised(student, output.predictions[1], noisy, batch, given)
+
+
+Forcing = SelfForcing | DiffusionForcing | TeacherForcing
+
+
+def _noised(batch: Batch, axes: Axes, key_b: jax.Array, given: int) -> tuple[Frames, int]:
+    """The batch with each chunk at a random level of the solver, its clean end included, and the given frames."""
+    layout = axes.layout(batch.latents.shape[1])
+    index = solver_indices(key_b, layout, axes.sampler.solver.steps + 1)
+    chunk_of = jnp.asarray(layout.chunks, jnp.int32)
+    level = jnp.where(chunk_of[None] >= given, jnp.asarray(level_table(axes.sampler.solver))[index], 0.0)
+    noise = targets.clip_noise(targets.fold_each(key_b, 1), batch.latents.shape[1:])
+    return Frames(flow.interpolate(batch.latents, noise, level), level, layout), layout.chunks.index(given)
+
+
+def solver_indices(key_b: jax.Array, layout: Layout, count: int) -> jax.Array:
+    """Draws one of `count` indices for each chunk, spread over its frames: int32 `[b, f]`."""
+    chunks = layout.chunks[-1] + 1
+    drawn = jax.vmap(lambda key: jax.random.randint(key, (chunks,), 0, count))(key_b)
+    return drawn[:, jnp.asarray(layout.chunks, jnp.int32)]
+
+
+def _denoised(student: Any, prediction: jax.Array, noisy: Frames, batch: Batch, given: int) -> Generated:
+    video = flow.to_x0(student.config.prediction, prediction, noisy.latents, noisy.level)
+    return Generated(video, batch.conditions, {}, given)

@@ -1,0 +1,249 @@
+"""What a student's videos are compared with: a teacher's score (DMD, SiD) or data through a discriminator (GAN).
+
+Each matching gives the student's loss on generated videos, and that of the critic that follows the student. It must not
+know where the videos come from. Sources: DMD (arXiv 2311.18828), SiD (arXiv 2404.04057), as Self Forcing uses them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from vidar.attention.visibility import Bidirectional, chunk_layout
+from vidar.diffusion import flow
+from vidar.errors import check_range
+from vidar.models.discriminator import DiscriminatorConfig
+from vidar.models.frames import Batch, Conditions, Frames, repeat_rows
+from vidar.objectives import targets
+from vidar.objectives.forcing import Generated
+from vidar.objectives.protocol import Metrics, Networks
+from vidar.sampling.guidance import UNGUIDED, Guidance, combine, fold
+
+
+@dataclass(frozen=True)
+class NoiseLaw:
+    """At which levels videos are compared: uniform, shifted, clamped; one level for a whole clip.
+
+    Attributes:
+        low: Smallest level.
+        high: Largest level.
+        shift: Time shift.
+    """
+
+    low: float = 0.02
+    high: float = 0.98
+    shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_range("noise.low", self.low, least=0, below=1)
+        check_range("noise.high", self.high, above=self.low, most=1)
+        check_range("noise.shift", self.shift, above=0)
+
+    def draw(self, generated: Generated, key_b: jax.Array) -> jax.Array:
+        """Levels `[b, f]`: given frames stay clean."""
+        level = jax.vmap(lambda key: flow.random_level(key, (), self.shift, self.low, self.high))(key_b)
+        return jnp.where(generated.counts[None], level[:, None], 0.0)
+
+
+@dataclass(frozen=True)
+class DMD:
+    """Distribution matching: the difference of the critic's and the guided teacher's clean predictions is the gradient.
+
+    Attributes:
+        noise: Levels of comparison.
+        guidance: Branches of the teacher. The field writes `r + w (r - r_null)`, which is a scale of 1 + w here.
+    """
+
+    kind: ClassVar[str] = "dmd"
+    noise: NoiseLaw = field(default_factory=NoiseLaw)
+    guidance: Guidance = UNGUIDED
+
+    @property
+    def needs_teacher(self) -> bool:
+        """The teacher's score is what is matched."""
+        return True
+
+    def student_loss(
+        self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The surrogate whose gradient with respect to the video is the direction over its size."""
+        fixed = jax.lax.stop_gradient(generated.video)
+        level = self.noise.draw(generated, targets.fold_each(key_b, 1))
+        frames, _ = noised(fixed, level, targets.fold_each(key_b, 2))
+        fake = predict_clean(networks["critic"], frames, generated.conditions, UNGUIDED)
+        real = predict_clean(networks["teacher"], frames, generated.conditions, self.guidance)
+        direction = jax.lax.stop_gradient(targets.dmd_direction(fixed, fake, real, generated.counts))
+        count = targets.counted(generated.video, generated.counts)
+        metrics = disagreement(fake, real, frames.level, generated.counts)
+        metrics["dmd_gradient"] = jnp.sqrt(jnp.sum(jnp.square(direction)) / count)
+        return targets.pull(generated.video, direction, count), metrics
+
+    def critic_loss(
+        self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Denoising of the student's videos."""
+        return denoising_loss(networks["critic"], generated, self.noise, key_b)
+
+
+@dataclass(frozen=True)
+class SiD:
+    """Score identity distillation: both scores are differentiated with respect to the noised video.
+
+    Attributes:
+        noise: Levels of comparison.
+        guidance: Branches of the teacher.
+        alpha: Weight of the squared difference of scores that is taken off.
+    """
+
+    kind: ClassVar[str] = "sid"
+    noise: NoiseLaw = field(default_factory=NoiseLaw)
+    guidance: Guidance = UNGUIDED
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("matching.alpha", self.alpha)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """The teacher's score is what is matched."""
+        return True
+
+    def student_loss(
+        self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """`mean (r - f) ((r - x) - alpha (r - f)) / mean|x - r|` over the frames that count."""
+        level = self.noise.draw(generated, targets.fold_each(key_b, 1))
+        frames, _ = noised(generated.video, level, targets.fold_each(key_b, 2))
+        fake = predict_clean(networks["critic"], frames, generated.conditions, UNGUIDED)
+        real = predict_clean(networks["teacher"], frames, generated.conditions, self.guidance)
+        loss = targets.sid_loss(generated.video, fake, real, generated.counts, self.alpha)
+        return loss, disagreement(fake, real, frames.level, generated.counts)
+
+    def critic_loss(
+        self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Denoising of the student's videos."""
+        return denoising_loss(networks["critic"], generated, self.noise, key_b)
+
+
+@dataclass(frozen=True)
+class GAN:
+    """A discriminator on the critic's features of noised videos, against data.
+
+    Attributes:
+        noise: Levels at which it looks; data and generated clip share theirs.
+        heads: The discriminator's heads.
+        relativistic: Whether it judges the generated clip relative to the clip of data, or each by itself.
+        penalty_real: Weight of R1, the squared slope at data.
+        penalty_fake: Weight of R2, the squared slope at generated clips.
+        step: Size of the step over which slopes are taken (finite differences).
+        warmup: Steps during which the heads alone are trained, before the student and the features.
+    """
+
+    kind: ClassVar[str] = "gan"
+    noise: NoiseLaw = field(default_factory=NoiseLaw)
+    heads: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    relativistic: bool = True
+    penalty_real: float = 0.0
+    penalty_fake: float = 0.0
+    step: float = 0.01
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("penalty_real", "penalty_fake", "warmup"):
+            check_range(f"matching.{name}", getattr(self, name), least=0)
+        check_range("matching.step", self.step, above=0)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Data are what is matched."""
+        return False
+
+    def student_loss(
+        self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The generator's loss."""
+        fake, real = self._logits(networks["critic"], generated, batch, key_b)
+        loss = targets.generator_loss(fake, real if self.relativistic else None)
+        return loss, {"logit_fake": jnp.mean(fake), "logit_real": jnp.mean(real)}
+
+    def critic_loss(
+        self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The discriminator's loss, with its penalties."""
+        critic = networks["critic"]
+        fake, real = self._logits(critic, generated, batch, key_b)
+        loss = targets.discriminator_loss(fake, real, relativistic=self.relativistic)
+        metrics = {"logit_fake": jnp.mean(fake), "logit_real": jnp.mean(real)}
+        metrics["accuracy"] = jnp.mean(jnp.concatenate([real > 0, fake < 0]).astype(jnp.float32))
+        penalties = {"penalty_fake": self.penalty_fake, "penalty_real": self.penalty_real}
+        for index, (name, weight) in enumerate(penalties.items()):
+            if weight:
+                moved = self._logits(critic, generated, batch, key_b, moved=index)[index]
+                metrics[name] = jnp.mean(jnp.square((moved - (fake, real)[index]) / self.step))
+                loss = loss + 0.5 * weight * metrics[name]
+        return loss, metrics
+
+    def _logits(
+        self, critic: Any, generated: Generated, batch: Batch, key_b: jax.Array, moved: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits `[b]` of generated clips (0) and of data (1) at shared levels, one of them moved by a random step."""
+        video = generated.video
+        level = self.noise.draw(generated, targets.fold_each(key_b, 1))
+        data = jax.lax.dynamic_slice_in_dim(batch.latents, 0, video.shape[1], axis=1)
+        away = self.step * targets.clip_noise(targets.fold_each(key_b, 3), video.shape[1:])
+        parts = []
+        for index, clip in enumerate((video, data)):
+            frames, _ = noised(clip, level, targets.fold_each(targets.fold_each(key_b, 2), index))
+            parts.append(frames.latents + away if index == moved else frames.latents)
+        both = Frames(jnp.concatenate(parts), jnp.concatenate([level, level]), frames.layout)
+        logits = critic.logits(both, repeat_rows(generated.conditions, 2))
+        return logits[: len(video)], logits[len(video) :]
+
+
+Matching = DMD | SiD | GAN
+
+
+def noised(video: jax.Array, level: jax.Array, key_b: jax.Array) -> tuple[Frames, jax.Array]:
+    """A video at levels `[b, f]`, as one chunk for a bidirectional network, and the noise in it."""
+    frames = video.shape[1]
+    noise = targets.clip_noise(key_b, video.shape[1:])
+    return Frames(flow.interpolate(video, noise, level), level, chunk_layout(frames, frames)), noise
+
+
+def denoising_loss(critic: Any, generated: Generated, law: NoiseLaw, key_b: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Mean squared velocity error of the critic on generated videos, over the frames that count."""
+    level = law.draw(generated, targets.fold_each(key_b, 1))
+    frames, noise = noised(generated.video, level, targets.fold_each(key_b, 2))
+    prediction = critic((frames,), generated.conditions, visibility=Bidirectional()).predictions[0]
+    velocity = flow.to_velocity(critic.config.prediction, prediction, frames.latents, level)
+    error = targets.frame_error(velocity, noise - generated.video)
+    mask = jnp.broadcast_to(generated.counts[None], error.shape)
+    return targets.masked_mean(error, mask), targets.level_buckets(error, level, mask)
+
+
+def disagreement(fake: jax.Array, real: jax.Array, level: jax.Array, counts: jax.Array) -> dict[str, jax.Array]:
+    """How far critic and teacher are apart, by level: the distance that the student still has to go."""
+    error = jax.lax.stop_gradient(targets.frame_error(fake, real))
+    mask = jnp.broadcast_to(counts[None], error.shape)
+    buckets = targets.level_buckets(error, level, mask)
+    return {name.replace("loss_level", "disagreement_level"): value for name, value in buckets.items()}
+
+
+def predict_clean(network: Any, frames: Frames, conditions: Conditions, guidance: Guidance) -> jax.Array:
+    """Guided clean prediction of a bidirectional network.
+
+    Args:
+        network: The network.
+        frames: Noisy frames.
+        conditions: Their conditions.
+        guidance: Branches.
+
+    Returns:
+        Clean latents `[b, f, h, w, c]`.
+    """
+    times = len(guidance)
+    output = network((repeat_rows(frames, times),), fold(conditions, guidance), visibility=Bidirectional())
+    prediction = combine(output.predictions[0], guidance)
+    return flow.to_x0(network.config.prediction, prediction, frames.latents, frames.level)
