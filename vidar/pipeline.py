@@ -23,6 +23,7 @@ from vidar.interop.lora import merged_into, open_adapter
 from vidar.interop.networks import open_network
 from vidar.interop.sources import TORCH_SUFFIXES
 from vidar.interop.tables import Progress
+from vidar.models.dit import DiT
 from vidar.models.frames import Conditions, row_labels
 from vidar.models.layers import Precision
 from vidar.models.text import byte_tokens
@@ -286,13 +287,15 @@ def load_pipeline(source: str | Path, choices: Choices = Choices(), progress: Pr
     if source.suffix == SUFFIX or (source / "checkpoints").is_dir():
         if choices != Choices():
             raise ConfigError(f"{source}: is a model of vidar's own, whose choices are made: give none")
-        system, model = load(source)
-        text = model.config.text
-        encoded = text is not None and text.encoder is not None
-        return Pipeline(
-            system, model, system.config.codec, partial(byte_tokens, length=text.length) if encoded else None
-        )
+        return trained_pipeline(*load(source))
     return _published(Folder.find(source), choices, progress)
+
+
+def trained_pipeline(system: System, model: DiT) -> Pipeline:
+    """The pipeline of a network that was trained here: its codec has no weights, its text encoder is its own."""
+    text = model.config.text
+    encoded = text is not None and text.encoder is not None
+    return Pipeline(system, model, system.config.codec, partial(byte_tokens, length=text.length) if encoded else None)
 
 
 def fitted(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -23,25 +23,24 @@ def get_config() -> ConfigDict:
     config.world = {"clips": 8192, "validation_clips": 64, "frames": 16}
     student = {"name": "adamw", "learning_rate": 2e-4, "beta1": 0.0, "beta2": 0.999, "weight_decay": 0.01, "warmup": 10}
     pretraining = {
-        "name": "muon", "learning_rate": 0.02, "schedule": "cosine", "warmup": 20, "final_fraction": 0.02, "beta1": 0.95,
-        "beta2": 0.98,
+        "name": "muon", "learning_rate": 0.02, "schedule": "cosine", "warmup": 20, "final_fraction": 0.02,
+        "beta1": 0.95, "beta2": 0.98,
     }  # fmt: skip
     config.base = {
         "card": "configs/world/teacher_forcing.py",
         "overrides": {
             "objective": {"kind": "teacher_forcing", "context_noise": 0.0, "ema": 0.95},
             "plan": {"commit": {"kind": "extra_pass", "level": 0.0, "noise": False}},
-            "model": {"width": 64, "layers": 4, "mlp": 256},
             "context": {"window": 6, "sink": 2, "positions": "relative"},
             "data": {"batch": 16},
             "optimizers": {"student": student | {"schedule": "constant"}},
             "training": {"log_every": 10, "save_every": 20, "keep": 1, "eval_every": None, "sample_every": None},
         },
     }
-    long = {"steps": 1200, "log_every": 20, "save_every": 100}
+    long = {"steps": 1600, "log_every": 20, "save_every": 100}
     begun = {
         "objective": {"ema": 0.99},
-        "optimizers": {"student": pretraining | {"decay_steps": 1200}},
+        "optimizers": {"student": pretraining | {"decay_steps": 1600}},
         "training": long,
     }
     pairs = {"video": {"chunk": 2}}
@@ -56,7 +55,6 @@ def get_config() -> ConfigDict:
                     "base": {"kind": "shared"},
                     "context": [{"kind": "clean_prefix", "probabilities": (0.0, 0.0, 1.0)}],
                 },
-                "model": {"width": 64, "layers": 4, "mlp": 256},
                 "objective": {"kind": "diffusion", "ema": 0.99},
                 "data": {"batch": 16},
                 "optimizers": {"student": pretraining | {"decay_steps": 2000}},

@@ -11,7 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     world = kinds.add_parser("world", help="the procedural world, as a prepared TFDS data set")
     world.add_argument("--directory", type=Path, required=True, help="TFDS data directory")
-    world.add_argument("--config", default="one_shape", help="one_shape (16×16) or shapes (32×32, one to three shapes)")
+    sizes = "one_shape (16×16), captioned (20×20, one or two) or shapes (32×32, one to three)"
+    world.add_argument("--config", default="one_shape", help=sizes)
     world.add_argument("--clips", type=int, default=8192, help="training clips")
     world.add_argument("--validation-clips", type=int, default=256)
     world.add_argument("--frames", type=int, default=16, help="frames of a clip")
@@ -76,8 +77,7 @@ def _embeddings(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from vidar.data.sources import prompt_lines
-    from vidar.data.sources import captions
+    from vidar.data.sources import captions, prompt_lines
     from vidar.errors import ConfigError
     from vidar.interop.folders import Folder
     from vidar.interop.hub import local_folder

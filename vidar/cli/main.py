@@ -13,9 +13,9 @@ COMMANDS = {
     "train": "train a system from an experiment card",
     "generate": "generate clips: from a prompt, an image, given frames or actions",
     "stream": "stream endless video under live actions, writing it while it runs",
-    "eval": "measure a trained model: control by actions, or exact errors on the procedural world",
+    "eval": "measure a trained model: actions, captions, exact errors on the procedural world, drift",
     "ablate": "train a grid of configs and seeds under equal budgets, and report what it shows",
-    "data": "make the procedural world's data set, record ViZDoom, or prepare text states",
+    "data": "make the procedural world's data set, record ViZDoom, prepare text states or a teacher's trajectories",
     "convert": "turn published checkpoints from one layout into another",
     "bench": "measure streaming or training",
 }

@@ -137,7 +137,9 @@ class _Maker:
                 "kept": teacher.kept,
                 "seed": options.seed,
                 "negative": options.negative,
-                "clips": f"prompts {source.digest}" if options.prompts else f"{options.tfds or options.records} {options.split}",
+                "clips": f"prompts {source.digest}"
+                if options.prompts
+                else f"{options.tfds or options.records} {options.split}",
                 "of": len(source),
             },
         )
@@ -233,6 +235,13 @@ def _clips(options: argparse.Namespace, pipeline: Any) -> Any:
             f"--given: the clips have {source.size[0]}×{source.size[1]} pixels, the model {video.height}×{video.width}"
         )
     return source
+
+
+def _named(source: Any, options: argparse.Namespace) -> str:
+    """What tells sets of clips apart."""
+    if options.prompts:
+        return f"prompts {source.digest}"
+    return f"{options.tfds or options.records} {options.split}"
 
 
 def _check_conditions(pipeline: Any, clip: dict[str, Any]) -> None:

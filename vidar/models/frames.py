@@ -121,7 +121,7 @@ class Batch:
             student's solver in their order; None where the data has none.
     """
 
-    latents: jax.Array
+    latents: Any
     conditions: Conditions
     index: jax.Array
     trajectory: jax.Array | None = None

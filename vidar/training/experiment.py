@@ -31,7 +31,7 @@ from vidar.models.placement import logical_axes
 from vidar.models.text import byte_tokens
 from vidar.objectives.ode_regression import OdeRegression
 from vidar.objectives.protocol import Role
-from vidar.pipeline import Pipeline
+from vidar.pipeline import trained_pipeline
 from vidar.preparation.embeddings import Embeddings
 from vidar.sampling.noise import session_keys
 from vidar.sampling.solvers import level_table
@@ -237,7 +237,7 @@ def _callbacks(config: RunConfig, system: System, embeddings: Embeddings | None)
     }
 
     def video(networks: Mapping[str, Any]) -> np.ndarray:
-        return Pipeline(system, networks["student"], config.codec).generate(frames, **conditions)
+        return trained_pipeline(system, networks["student"]).generate(frames, **conditions)
 
     def evaluate(step: int, networks: Mapping[str, Any], writer: MetricWriter) -> dict[str, float]:
         generated = video(networks)
@@ -351,7 +351,9 @@ def _check_data(config: RunConfig) -> None:
                 "data.records (prompts are enough for self forcing without given frames, by DMD or SiD)"
             )
         if _evaluates(config) and config.data.tfds is None and config.data.records is None:
-            raise ConfigError("data.prompts has no clips to evaluate on: leave training.eval_every and sample_every out")
+            raise ConfigError(
+                "data.prompts has no clips to evaluate on: leave training.eval_every and sample_every out"
+            )
     if config.data.trajectories is not None:
         _check_trajectories(config, Trajectories(config.data.trajectories))
     elif isinstance(config.objective, OdeRegression):
