@@ -1,20 +1,25 @@
 """What roles take of the machine: adapters, heads, types, placement, averages in host memory; through the driver."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.networks import network
 from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.errors import ConfigError
 from vidar.models.frames import Conditions, Frames
+from vidar.objectives.forcing import DiffusionForcing
+from vidar.objectives.protocol import Phase, Role
 from vidar.system import load, system_config
-from vidar.training.experiment import RunConfig, make_run
+from vidar.training.experiment import RunConfig, make_run, portable_dict
 from vidar.training.loop import train
 from vidar.training.state import by_path
+from vidar.weights import save_weights
 
 MODEL = {
     "width": 16, "layers": 2, "heads": 1, "mlp": 16, "channels": 48, "actions": {"kind": "discrete", "count": 5},
@@ -176,3 +181,78 @@ def test_combinations_train(sources, tmp_path, forcing, matching, visibility):
     assert int(state.skipped) == 0
     moved = [path for path, leaf in by_path(state.networks["student"]).items() if np.any(leaf != before[path])]
     assert len(moved) > 10
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """An objective that vidar does not know, with two networks: each learns the other's mean of clean frames."""
+
+    kind: ClassVar[str] = "quadratic"
+    weight: float = 1.0
+
+    @property
+    def roles(self):
+        return {name: Role(optimizer=name) for name in ("student", "critic")}
+
+    def init_aux(self):
+        return jnp.zeros((), jnp.int32)
+
+    def phases(self, step):
+        return Phase("student", "student"), Phase("critic", "critic")
+
+    def loss(self, phase, networks, aux, axes, batch, step, key):
+        level = jnp.full(batch.latents.shape[:2], 0.5)
+        stream = Frames(0.5 * batch.latents, level, axes.layout(batch.latents.shape[1]))
+        output = networks[phase]((stream,), batch.conditions, visibility=axes.visibility).predictions[0]
+        return self.weight * jnp.mean(jnp.square(output - batch.latents)), ({"output": jnp.mean(output)}, aux + 1)
+
+
+def test_an_objective_from_elsewhere_trains_by_its_import_path(tmp_path):
+    config = built(
+        objective={"kind": f"{__name__}:Quadratic", "weight": 2.0},
+        visibility={"kind": "chunk_causal"},
+        plan={},
+        optimizers={role: {"learning_rate": 0.01} for role in ("student", "critic")},
+        training={"steps": 2, "log_every": 1, "tensorboard": False},
+    )
+    state = train(make_run(config), tmp_path)
+    assert {name: int(count) for name, count in state.updates.items()} == {"student": 2, "critic": 2}
+    assert int(state.aux) == 4
+    found = rows(tmp_path)
+    assert found[1]["student/loss"] < found[0]["student/loss"]
+    assert "critic/output" in found[0]
+    system, _ = load(tmp_path)
+    assert type(system.objective).__name__ == "Quadratic"
+
+
+TEXT = {"width": 8, "length": 12, "encoder": {"layers": 1, "heads": 1, "mlp": 8}}
+
+
+def test_prompts_alone_are_enough_for_self_forcing(tmp_path):
+    """Two networks of random weights, prompts from a file, long rollouts; the student's text encoder learns, too."""
+    written = {name: value for name, value in MODEL.items() if name != "actions"} | {"text": TEXT}
+    weights = tmp_path / "start.safetensors"
+    fields = {"model": written, "visibility": {"kind": "chunk_causal"}, "plan": {}, "solver": {"kind": "few_step"}}
+    config = built(**fields)
+    start, teacher = network(config.model, 0), network(config.model, 1)
+    systems = dict.fromkeys(("student", "teacher"), portable_dict(config))
+    save_weights(weights, {"student": start, "teacher": teacher}, {"systems": systems})
+    (tmp_path / "prompts.txt").write_text("a red ball\na blue square\n")
+    objective = {
+        "kind": "distillation", "student": str(weights), "teacher": str(weights), "generator_every": 1, "ema": None,
+        "forcing": {"kind": "self", "frames": 8},
+    }  # fmt: skip
+    data = {"prompts": str(tmp_path / "prompts.txt"), "frames": 4, "batch": 2}
+    optimizers = {role: {"learning_rate": 0.01} for role in ("student", "critic")}
+    # The critic begins as the teacher: the student has a direction from the second step on.
+    training = {"steps": 2, "log_every": 1, "tensorboard": False}
+    changes = {"objective": objective, "data": data, "optimizers": optimizers, "training": training}
+    distilled = built(**fields, **changes, context={"window": 4})
+    state = train(make_run(distilled), tmp_path / "run")
+    assert int(state.skipped) == 0
+    before, after = by_path(start), by_path(state.networks["student"])
+    moved = {path for path, leaf in after.items() if np.any(np.asarray(leaf) != np.asarray(before[path]))}
+    assert any(path.startswith(".text_encoder.") for path in moved)
+    assert "student/contrast" not in rows(tmp_path / "run")[0]
+    with pytest.raises(ConfigError, match="data.prompts=.*has no clips, which the objective needs"):
+        make_run(replace(distilled, objective=replace(distilled.objective, forcing=DiffusionForcing())))
