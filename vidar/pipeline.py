@@ -30,6 +30,7 @@ from vidar.models.text import byte_tokens
 from vidar.objectives.diffusion import Diffusion
 from vidar.preparation.embeddings import TextEncoder
 from vidar.preparation.tokenizer import Tokenizer, check_prompts
+from vidar.sampling.flight import Source
 from vidar.sampling.guidance import classifier_free
 from vidar.sampling.noise import session_keys
 from vidar.sampling.rollout import Sampler
@@ -144,11 +145,13 @@ class Pipeline:
         negative: str = "",
         image: np.ndarray | None = None,
         given: np.ndarray | None = None,
+        video: np.ndarray | None = None,
+        strength: float = 0.8,
         actions: np.ndarray | None = None,
         label: Any = None,
         seed: int = 0,
     ) -> np.ndarray:
-        """Generates clips: from noise, from an image, or as the continuation of given frames.
+        """Generates clips: from noise, from an image, as the continuation of given frames, or from another video.
 
         Args:
             frames: Pixel frames of the clips, given ones included; None for the model's own.
@@ -158,6 +161,10 @@ class Pipeline:
             image: What each clip begins with, uint8 `[b, h, w, 3]` of any size, for image-to-video networks; others
                 are `given` it.
             given: Pixels of the first frames, uint8 `[b, g, h, w, 3]` of the model's size.
+            video: Pixels of whole clips to make these from, uint8 `[b, frames, h, w, 3]`: noised, and finished from
+                there chunk by chunk (SDEdit, as CausVid edits a stream).
+            strength: How much noise is put into `video`, in (0, 1]: generation begins at the solver's first level that
+                is no higher. At 1 nothing is left of it.
             actions: Actions of all latent frames `[b, f, ...]`, or None.
             label: Class of each clip `[b]`, or one for all, where the network has classes.
             seed: Seed of the first clip's session; the others count on from it.
@@ -171,9 +178,9 @@ class Pipeline:
         check_prompts(prompts or ())
         config = self.codec.config
         length: int = frames or config.pixel_frames(self.system.config.video.frames)
-        sized = [len(value) for value in (prompts, image, given) if value is not None]
+        sized = [len(value) for value in (prompts, image, given, video) if value is not None]
         if len(set(sized)) > 1:
-            raise ConfigError(f"prompts, images and given frames are of {sized} clips: give as many of each")
+            raise ConfigError(f"prompts, images and given frames or videos are of {sized} clips: give as many of each")
         rows = sized[0] if sized else rows
         given = None if given is None else self._given(given)
         if actions is not None and self.model.config.actions is None:
@@ -188,7 +195,8 @@ class Pipeline:
             label=None if labels is None else jnp.asarray(labels),
         )
         latents = None if given is None else _encode(self.codec, jnp.asarray(given))
-        latents = _generate(sampler, count, self.model, session_keys(seed, rows), conditions, latents)
+        source = None if video is None else self._source(video, length, strength, sampler)
+        latents = _generate(sampler, count, self.model, session_keys(seed, rows), conditions, latents, source)
         return np.asarray(_decode(self.codec, latents))
 
     def _sampler(self, frames: int, given: int | None) -> Sampler:
@@ -213,6 +221,17 @@ class Pipeline:
             )
         sampler.context.check(sampler.chunk, first)
         return replace(sampler, frames=config.latent_frames(frames), first=first)
+
+    def _source(self, video: Any, frames: int, strength: float, sampler: Sampler) -> Source:
+        """A video to start from, and the solver steps that are left out."""
+        check_range("strength", strength, above=0, most=1)
+        pixels = self._given(video)
+        if pixels.shape[1] != frames:
+            raise ConfigError(f"the source video has {pixels.shape[1]} frames, the clip {frames}: make them equal")
+        levels = sampler.solver.levels[:-1]
+        # A strength below the last level leaves one step.
+        skip = int(np.argmax(levels <= strength + 1e-6)) if levels[-1] <= strength + 1e-6 else len(levels) - 1
+        return Source(_encode(self.codec, jnp.asarray(pixels)), skip)
 
     def _given(self, given: Any) -> np.ndarray:
         video, array = self.system.config.video, np.asarray(given)
@@ -422,8 +441,10 @@ def _solver(solver: Solver, choices: Choices) -> Solver:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _generate(sampler: Sampler, frames: int, model: Any, keys: Any, conditions: Conditions, given: Any) -> jax.Array:
-    return sampler.generate(model, keys, conditions, frames, given)
+def _generate(
+    sampler: Sampler, frames: int, model: Any, keys: Any, conditions: Conditions, given: Any, source: Any
+) -> jax.Array:
+    return sampler.generate(model, keys, conditions, frames, given, source)
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from vidar.models.dit import TextConfig
 from vidar.models.frames import Batch
 from vidar.models.placement import logical_axes
 from vidar.objectives import diffusion, distillation, teacher_forcing
+from vidar.objectives.matching import SiD
 from vidar.sampling.axes import Axes
 from vidar.sampling.noise import session_keys
 from vidar.sampling.solvers import FewStep
@@ -30,6 +31,7 @@ LOSSES = {
     "teacher_forcing": (teacher_forcing.TeacherForcing(0.1), replace(AXES, visibility=TeacherForcing())),
     "diffusion": (diffusion.Diffusion(weight="bump", shift=3.0), AXES),
     "self_forcing": (distillation.Distillation(), AXES),
+    "self_forcing by SiD": (distillation.Distillation(matching=SiD()), AXES),
 }
 
 

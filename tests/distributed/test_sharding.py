@@ -19,6 +19,7 @@ EIGHT = {
     "teacher_forcing": [dict(fsdp=2, sequence=2, tensor=2), dict(data=2, fsdp=2, tensor=2), dict(data=2, sequence=4)],
     "diffusion": [dict(data=2, sequence=2, tensor=2)],
     "self_forcing": [dict(fsdp=2, sequence=2, tensor=2)],
+    "self_forcing by SiD": [dict(fsdp=2, sequence=2, tensor=2)],
     "tick": [dict(fsdp=2, sequence=2, tensor=2), dict(data=4, tensor=2)],
     "pipelined tick": [dict(data=2, sequence=2, tensor=2)],
 }

@@ -76,6 +76,21 @@ def test_generate_writes_the_clip(root, tmp_path):
     arguments = ["generate", "--model", str(root / "run"), "--output", str(output), "--first", str(first)]
     assert main([*arguments, "--label", "1", "--frames", "6", "--actions", "1*2,2", "--clips", "2"]) == 0
     assert len(read_video(output)) == 6
+    edited = tmp_path / "edited.mp4"
+    arguments = ["generate", "--model", str(root / "run"), "--output", str(edited), "--label", "1", "--frames", "6"]
+    whole = tmp_path / "whole.mp4"
+    write_video(whole, np.repeat(frame, 6, axis=0), fps=8)
+    assert main([*arguments, "--video", str(whole), "--strength", "0.9"]) == 0
+    assert len(read_video(edited)) == 6
+
+
+def test_videos_to_edit_that_do_not_fit_are_refused(root, tmp_path, capsys):
+    short = tmp_path / "short.mp4"
+    write_video(short, np.full((2, 16, 16, 3), 40, np.uint8), fps=8)
+    generate = ["generate", "--model", str(root / "run"), "--output", str(tmp_path / "x.mp4"), "--label", "1"]
+    refused(capsys, [*generate, "--frames", "6", "--video", str(short)], "2 frames", "6")
+    refused(capsys, [*generate, "--video", str(short), "--first", str(short)], "give one")
+    refused(capsys, [*generate, "--frames", "2", "--video", str(short), "--strength", "0"], "strength=0")
 
 
 def test_stream_writes_while_it_runs_and_follows_stdin(root, tmp_path, monkeypatch, capsys):

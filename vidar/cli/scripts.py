@@ -112,7 +112,9 @@ def _live_ticks(kind: DiscreteActions, chunk: int, ticks: int | None, stdin: Tex
         yield np.full((1, chunk), parse_script(word, kind.count)[0], np.int32)
 
 
-def given_frames(path: Path, count: int, height: int, width: int, exact: bool = True) -> np.ndarray:
+def given_frames(
+    path: Path, count: int, height: int, width: int, exact: bool = True, option: str = "--given"
+) -> np.ndarray:
     """Reads the first frames of an image or video, as the model takes them.
 
     Args:
@@ -122,6 +124,7 @@ def given_frames(path: Path, count: int, height: int, width: int, exact: bool = 
         width: The model's pixel width.
         exact: Whether every pixel matters: larger pictures of the same shape are reduced by a whole factor, others
             refused. Else their middle is cut out and resized.
+        option: Name of the option that says the count.
 
     Returns:
         uint8 `[1, count, height, width, 3]`.
@@ -133,10 +136,10 @@ def given_frames(path: Path, count: int, height: int, width: int, exact: bool = 
     from vidar.pipeline import fitted
 
     if count < 1:
-        raise ConfigError(f"--given={count} must be at least 1")
+        raise ConfigError(f"{option}={count} must be at least 1")
     pixels = read_video(path)[:count]
     if len(pixels) < count:
-        raise DataError(f"{path} has {len(pixels)} frames, --given={count} needs more")
+        raise DataError(f"{path} has {len(pixels)} frames, {option}={count} needs more")
     if not exact:
         return np.stack([fitted(frame, height, width) for frame in pixels])[None]
     factor = pixels.shape[1] // height

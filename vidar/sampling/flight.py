@@ -94,6 +94,36 @@ class Chunk:
     valid: Any
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["latents"], meta_fields=["skip"])
+@dataclass(frozen=True)
+class Source:
+    """A video that generation starts from in place of noise: noised part of the way, and finished from there (SDEdit).
+
+    Attributes:
+        latents: Its frames, `[b, f, h, w, c]`.
+        skip: Solver steps that are left out: the frames enter at the level that these would have reached.
+    """
+
+    latents: Any
+    skip: int
+
+    def frames(self, start: int, stop: int) -> "Source":
+        """Frames `start:stop`."""
+        return replace(self, latents=self.latents[:, start:stop])
+
+    def check(self, sampler: Any) -> None:
+        """Raises ConfigError where a plan or solver cannot begin in the middle."""
+        program, solver = sampler.program, sampler.solver
+        if (program.width > 1 and program.lag) or (sampler.commit.kind == "fused" and program.lag):
+            raise ConfigError("a source video enters chunk by chunk: use plan.lag=None and a commit that is not fused")
+        if solver.remembered:
+            raise ConfigError(
+                f"solver {solver.kind!r} remembers its steps and cannot begin later: use euler or few_step"
+            )
+        if not 0 <= self.skip < solver.steps:
+            raise ConfigError(f"{self.skip} of {solver.steps} solver steps are left out: leave at least one to take")
+
+
 @dataclass(frozen=True)
 class Flight:
     """The chunks of one tick, between entering and leaving it."""
@@ -108,8 +138,8 @@ class Flight:
     exists: jax.Array | None = None
 
     @classmethod
-    def enter(cls, sampler: Any, state: State, conditions: Conditions) -> "Flight":
-        """Brings the new chunk's noise in behind the chunks in flight."""
+    def enter(cls, sampler: Any, state: State, conditions: Conditions, source: "Source | None" = None) -> "Flight":
+        """Brings the new chunk's noise in behind the chunks in flight, or a source's frames noised."""
         program = sampler.program
         if program.lag and conditions.latents is not None:
             raise ConfigError("further latents of each frame are given for whole clips: use a plan with lag=0")
@@ -118,6 +148,10 @@ class Flight:
         rows = state.key.shape[0]
         new_frames = jnp.broadcast_to(jnp.reshape(state.next_frame, (-1, 1)), (rows, 1)) + _range(new)[None]
         noise = frame_noise(state.key, Purpose.INITIAL, new_frames, jnp.zeros((new,), jnp.int32), sampler.latent)
+        if source is not None:
+            source.check(sampler)
+            level = float(level_table(sampler.solver)[source.skip])
+            noise = flow.interpolate(source.latents, noise, jnp.full((rows, new), level, jnp.float32))
         latents = jnp.concatenate([state.latents, noise], axis=1)
         history = jnp.concatenate([state.history, sampler.no_history(rows, new)], axis=1)
         if conditions.actions is not None and state.actions is not None:

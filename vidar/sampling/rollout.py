@@ -4,6 +4,7 @@ One `tick` serves self-forcing training (with `exit_row`), offline sampling and 
 hashable description; everything that changes is in `State`. This room must not know objectives, drivers or servers.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 
 from vidar.attention.cache import ContextConfig, Geometry, init_cache
 from vidar.attention.visibility import Visibility, chunk_layout
-from vidar.diffusion.plan import Commit, TickProgram, tick_program
+from vidar.diffusion.plan import Commit, RowGroup, TickProgram, tick_program
 from vidar.errors import ConfigError, check_range
 from vidar.models.frames import Conditions
-from vidar.sampling.flight import KEPT, OFFLOADED, Chunk, Flight, Gradient, State, cut
+from vidar.sampling.flight import KEPT, OFFLOADED, Chunk, Flight, Gradient, Source, State, cut
 from vidar.sampling.guidance import UNGUIDED, Guidance, fold
 from vidar.sampling.solvers import Euler, Solver
 
@@ -147,6 +148,7 @@ class Sampler:
         *,
         exit_row: jax.Array | None = None,
         gradient: Gradient = Gradient(),
+        source: Source | None = None,
     ) -> tuple[State, Chunk]:
         """The work between two emitted chunks.
 
@@ -158,16 +160,17 @@ class Sampler:
             exit_row: Self-forcing form: this solver step's clean prediction is what the tick emits and commits, and
                 what is differentiated. Needs one chunk in flight.
             gradient: What else is differentiated in that form.
+            source: Frames that the new chunk starts from in place of noise.
 
         Returns:
             State and the emitted chunk.
         """
         program = self.program
-        flight, exit_written = Flight.enter(self, state, conditions), None
+        flight, exit_written = Flight.enter(self, state, conditions, source), None
         if exit_row is not None:
             flight, exit_written = flight.run_to_exit(model, exit_row, gradient)
         else:
-            for group in program.groups:
+            for group in _later(program.groups, source.skip if source else 0):
                 if group.kind != "commit":
                     flight = flight.run(model, group)
         if program.lag and self.commit.kind == "extra_pass":
@@ -236,6 +239,7 @@ class Sampler:
         *,
         exit_rows: jax.Array | None = None,
         gradient: Gradient = Gradient(),
+        source: Source | None = None,
     ) -> tuple[State, jax.Array]:
         """Generates `chunks` chunks by scanning ticks.
 
@@ -246,13 +250,14 @@ class Sampler:
             chunks: Chunks to generate.
             exit_rows: See `tick`; one for each chunk, int32 `[chunks]`.
             gradient: See `tick`.
+            source: See `tick`; all generated frames.
 
         Returns:
             State and latents `[b, chunks · chunk, h, w, c]`.
         """
         program = self.program
         if not program.lag:
-            state, chunk = self.tick(model, state, conditions)
+            state, chunk = self.tick(model, state, conditions, source=source)
             return state, chunk.latents
         ticks = chunks + program.delay
         actions = conditions.actions
@@ -260,15 +265,21 @@ class Sampler:
             last = jnp.repeat(actions[:, -1:], program.delay * self.chunk, axis=1)
             actions = _chunked(jnp.concatenate([actions, last], axis=1), ticks)
 
-        def body(state: State, part: tuple[Any, Any]) -> tuple[State, jax.Array]:
-            actions, exit_row = part
-            conditions_now = replace(conditions, actions=actions)
-            state, chunk = self.tick(model, state, conditions_now, exit_row=exit_row, gradient=gradient)
+        chunks_of = None
+        if source is not None:
+            source.check(self)
+            chunks_of = _chunked(source.latents, ticks)
+
+        def body(state: State, part: tuple[Any, Any, Any]) -> tuple[State, jax.Array]:
+            actions, exit_row, latents = part
+            now = None if source is None else replace(source, latents=latents)
+            choices = {"exit_row": exit_row, "gradient": gradient, "source": now}
+            state, chunk = self.tick(model, state, replace(conditions, actions=actions), **choices)
             return state, chunk.latents
 
         if gradient.offload:
             body = jax.checkpoint(body, policy=_OFFLOAD)
-        state, latents = jax.lax.scan(body, state, (actions, exit_rows), length=ticks)
+        state, latents = jax.lax.scan(body, state, (actions, exit_rows, chunks_of), length=ticks)
         latents = jnp.moveaxis(latents[program.delay :], 0, 1)
         return state, latents.reshape(latents.shape[0], chunks * self.chunk, *self.latent)
 
@@ -296,9 +307,15 @@ class Sampler:
         return jax.lax.fori_loop(0, chunks, body, (state, latents))
 
     def generate(
-        self, model: Any, key_b: jax.Array, conditions: Conditions, frames: int, given: jax.Array | None = None
+        self,
+        model: Any,
+        key_b: jax.Array,
+        conditions: Conditions,
+        frames: int,
+        given: jax.Array | None = None,
+        source: Source | None = None,
     ) -> jax.Array:
-        """Generates a clip: from noise, from a first image, or as the continuation of given frames.
+        """Generates a clip: from noise, from a first image, as the continuation of given frames, or from a video.
 
         Args:
             model: The network.
@@ -306,6 +323,7 @@ class Sampler:
             conditions: Conditions of all `frames` frames, given ones included.
             frames: Frames of the clip, given ones included.
             given: Clean latents of the first frames, or None.
+            source: A video of all `frames` frames to start from in place of noise, or None; not with given frames.
 
         Returns:
             Latents `[b, frames, h, w, c]`; the first ones are the given ones.
@@ -314,6 +332,8 @@ class Sampler:
             ConfigError: The frames are not whole chunks, are all given, or do not fit the plan or an *append* context.
         """
         self._check_clip(frames, 0 if given is None else given.shape[1])
+        if source is not None and (given is not None or source.latents.shape[1] != frames):
+            raise ConfigError(f"a source video has all {frames} frames of the clip, and none are given beside it")
         conditions = self.encode(model, conditions)
         state = self.init(model, key_b, actions=conditions.actions, limit=frames)
         start, parts = 0, []
@@ -325,7 +345,8 @@ class Sampler:
             alone = replace(self, chunk=1, lag=None, commit=replace(self.commit, kind="extra_pass"))
             empty = {name: cut(getattr(state, name), slice(0, 0)) for name in ("latents", "history", "actions")}
             opening = replace(state, **empty)
-            opening, first = alone.tick(model, opening, conditions.frames(0, 1))
+            begun = None if source is None else source.frames(0, 1)
+            opening, first = alone.tick(model, opening, conditions.frames(0, 1), source=begun)
             carried = {name: getattr(state, name) for name in empty}
             state = replace(opening, **carried, origin=opening.next_frame)
             start, parts = 1, [first.latents]
@@ -334,7 +355,8 @@ class Sampler:
             raise ConfigError(f"{frames - start} frames to generate are not whole chunks of {self.chunk}")
         if self.program.lag and not chunks:
             return jnp.concatenate(parts, axis=1)
-        _, latents = self.rollout(model, state, conditions.frames(start, frames), chunks)
+        rest_of = None if source is None else source.frames(start, frames)
+        _, latents = self.rollout(model, state, conditions.frames(start, frames), chunks, source=rest_of)
         return jnp.concatenate([*parts, latents], axis=1)
 
     def _check_clip(self, frames: int, given: int) -> None:
@@ -347,6 +369,15 @@ class Sampler:
             raise ConfigError(
                 f"a context without a window holds clips of {self.frames} frames, not {frames}: set context.window"
             )
+
+
+def _later(groups: Sequence[RowGroup], skip: int) -> Iterator[RowGroup]:
+    """The rows of a tick without its first `skip` ones."""
+    for group in groups:
+        rows = len(group.before)
+        if rows > skip:
+            yield replace(group, before=group.before[skip:], after=group.after[skip:])
+        skip = max(0, skip - rows)
 
 
 def _chunked(x: jax.Array, count: int) -> jax.Array:
