@@ -5,7 +5,7 @@ Data: `vidar data doom --output data/doom`
 Command: `vidar train --config configs/doom/teacher.py --workdir runs/doom_teacher`
     (after teacher_forcing.py)
 Hardware: 2 CPU cores, about half an hour. Resumable at any time.
-Metric: loss per level; what it teaches is measured by configs/doom/self_forcing.py.
+Metric: loss per level; what it teaches is measured by configs/systems/self_forcing_dmd.py:doom.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@ Paper: rectified flow (arXiv 2209.03003) over whole clips after a clean first fr
 Data: `vidar data world --directory data/world --frames 8`
 Command: `vidar train --config configs/world/teacher.py --workdir runs/world_teacher`
 Hardware: 2 CPU cores; 16 tokens a frame, 8 frames a clip.
-Metric: loss per level; what it teaches is measured by `configs/world/self_forcing.py`.
+Metric: loss per level; what it teaches is measured by `configs/systems/self_forcing_dmd.py`.
 """
 
 from pathlib import Path

@@ -72,7 +72,7 @@ def test_a_budget_in_flops_is_filled_and_not_exceeded(amount):
 
 
 def test_the_self_forcing_card_gets_its_updates():
-    card = {"card": "configs/world/self_forcing.py", "overrides": {"objective": {"generator_every": 5}}}
+    card = {"card": "configs/systems/self_forcing_dmd.py", "overrides": {"objective": {"generator_every": 5}}}
     changes = {
         "base": card | {"overrides": card["overrides"] | {"objective": {"student": "stage:a", "teacher": "stage:a"}}},
         "stages": {"a": {"card": "configs/world/teacher_forcing.py"}},

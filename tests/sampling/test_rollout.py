@@ -229,25 +229,25 @@ def test_noise_depends_on_session_purpose_frame_and_step_alone():
 
 @pytest.mark.parametrize("fields", [dict(window=4, sink=1), dict(chunk=2)], ids=["ring", "append"])
 def test_rows_in_step_equal_rows_with_counts_of_their_own_and_the_exit_form_equals_the_static_one(fields):
-    plan = plan_of(fields)
+    plan, model = plan_of(fields), network()
     chunks = plan.frames // plan.chunk
     _, conditions = clip()
-    exit_row = jnp.int32(plan.solver.steps - 1)
+    exit_rows = jnp.full((chunks,), plan.solver.steps - 1, jnp.int32)
 
     @partial(quick_jit, static_argnums=0)
-    def rollout(in_step, exit_row):
-        state = plan.init(network(), keys(0, 1), actions=conditions.actions, in_step=in_step)
-        return plan.rollout(network(), state, conditions, chunks, exit_row=exit_row)
+    def rollout(in_step, exit_rows):
+        state = plan.init(model, keys(0, 1), actions=conditions.actions, in_step=in_step)
+        return plan.rollout(model, state, conditions, chunks, exit_rows=exit_rows)
 
     own, video = rollout(False, None)
     shared, together = rollout(True, None)
-    _, exited = rollout(True, exit_row)
+    _, exited = rollout(True, exit_rows)
     scale = float(jnp.max(jnp.abs(video)))
     np.testing.assert_allclose(together, video, atol=1e-6 * scale)
     np.testing.assert_allclose(exited[:, :4], video[:, :4], atol=1e-5 * scale)
     assert shared.cache.count.shape == ()
     assert own.cache.count.tolist() == [int(shared.cache.count)] * 2 == [8, 8]
-    _, early = rollout(True, jnp.int32(0))
+    _, early = rollout(True, jnp.zeros((chunks,), jnp.int32))
     assert float(jnp.max(jnp.abs(early[:, 0] - video[:, 0]))) > 1e-2
 
 

@@ -176,9 +176,9 @@ def test_host_time_and_compilations(tmp_path, monkeypatch):
     compiled = []
     original = loop._Loop._compile
 
-    def counted(self, phase, batch, advance):
+    def counted(self, phase, inputs):
         before = len(self._compiled)
-        executable = original(self, phase, batch, advance)
+        executable = original(self, phase, inputs)
         compiled.extend([phase.name] * (len(self._compiled) - before))
         return executable
 
