@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.networks import network
-from vidar.attention.visibility import Bidirectional, chunk_layout
+from vidar.attention.visibility import Bidirectional, ChunkCausal, chunk_layout
 from vidar.errors import ConfigError
 from vidar.models.frames import Conditions, Frames
 from vidar.objectives.forcing import DiffusionForcing
@@ -256,3 +256,12 @@ def test_prompts_alone_are_enough_for_self_forcing(tmp_path):
     assert "student/contrast" not in rows(tmp_path / "run")[0]
     with pytest.raises(ConfigError, match="data.prompts=.*has no clips, which the objective needs"):
         make_run(replace(distilled, objective=replace(distilled.objective, forcing=DiffusionForcing())))
+
+
+def test_a_causal_student_may_start_from_its_bidirectional_teacher(sources):
+    run = make_run(distilled(sources, {"student": str(sources / "teacher")}, model=MODEL))
+    _, teacher = load(sources / "teacher")
+    student = by_path(run.initial["student"])
+    for path, leaf in by_path(teacher).items():
+        np.testing.assert_array_equal(student[path], leaf)
+    assert isinstance(run.axes.sampler.visibility, ChunkCausal)
