@@ -18,13 +18,13 @@ from vidar.errors import check_range
 from vidar.models.frames import Batch, Frames, repeat_rows
 from vidar.objectives import targets
 from vidar.objectives.forcing import solver_indices
-from vidar.objectives.protocol import Aux, Metrics, Networks, Phase, Role, check_average
+from vidar.objectives.protocol import Aux, Metrics, Networks, OneUpdate, Role, check_average
 from vidar.sampling.axes import Axes
 from vidar.sampling.guidance import UNGUIDED, Guidance, combine, fold
 
 
 @dataclass(frozen=True)
-class Consistency:
+class Consistency(OneUpdate):
     """Match the student's clean predictions along the teacher's ODE.
 
     Attributes:
@@ -63,14 +63,6 @@ class Consistency:
             "student": Role(source=self.student, optimizer="student", ema=self.ema, ema_start=self.ema_start),
             "teacher": Role(source=self.teacher),
         }
-
-    def init_aux(self) -> Aux:
-        """No auxiliary state."""
-        return ()
-
-    def phases(self, step: int) -> tuple[Phase, ...]:
-        """One update a step."""
-        return (Phase("student", "student"),)
 
     def loss(
         self, phase: str, networks: Networks, aux: Aux, axes: Axes, batch: Batch, step: jax.Array, key: jax.Array

@@ -14,7 +14,7 @@ from vidar.diffusion import flow
 from vidar.errors import ConfigError, check_range
 from vidar.models.frames import Batch, Frames
 from vidar.objectives import targets
-from vidar.objectives.protocol import Aux, Metrics, Networks, Phase, Role, check_average
+from vidar.objectives.protocol import Aux, Metrics, Networks, OneUpdate, Role, check_average
 from vidar.sampling.axes import Axes
 
 WEIGHTS = ("uniform", "bump")
@@ -33,7 +33,7 @@ def check_weight(name: str, shift: float) -> None:
 
 
 @dataclass(frozen=True)
-class Diffusion:
+class Diffusion(OneUpdate):
     """Denoise every frame of a clip, each at its chunk's level.
 
     Attributes:
@@ -59,14 +59,6 @@ class Diffusion:
     def roles(self) -> Mapping[str, Role]:
         """One trained network."""
         return {"student": Role(source=self.start, optimizer="student", ema=self.ema, ema_start=self.ema_start)}
-
-    def init_aux(self) -> Aux:
-        """No auxiliary state."""
-        return ()
-
-    def phases(self, step: int) -> tuple[Phase, ...]:
-        """One update a step."""
-        return (Phase("student", "student"),)
 
     def loss(
         self, phase: str, networks: Networks, aux: Aux, axes: Axes, batch: Batch, step: jax.Array, key: jax.Array

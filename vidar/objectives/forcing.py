@@ -157,14 +157,13 @@ class SelfForcing:
 
 
 @dataclass(frozen=True)
-class DiffusionForcing:
-    """One chunk-causal pass over noised data, each chunk at a solver level of its own (CausVid, arXiv 2412.07772).
+class _Parallel:
+    """One pass over noised data, each chunk at a solver level of its own.
 
     Attributes:
         given: First chunks of each clip that stay clean and carry no loss.
     """
 
-    kind: ClassVar[str] = "diffusion"
     given: int = 0
 
     def __post_init__(self) -> None:
@@ -173,31 +172,31 @@ class DiffusionForcing:
     def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
         """Denoises each clip of the batch in one pass; arguments as `SelfForcing.generate`."""
         noisy, given = _noised(batch, axes, key_b, self.given)
-        output = student((noisy,), batch.conditions, visibility=axes.visibility)
-        return _denoised(student, output.predictions[0], noisy, batch, given)
+        output = student(self._streams(noisy, batch, axes), batch.conditions, visibility=axes.visibility)
+        video = flow.to_x0(student.config.prediction, output.predictions[-1], noisy.latents, noisy.level)
+        return Generated(video, batch.conditions, {}, given)
+
+    def _streams(self, noisy: Frames, batch: Batch, axes: Axes) -> tuple[Frames, ...]:
+        """What the network is shown; the noisy clip is last."""
+        return (noisy,)
 
 
 @dataclass(frozen=True)
-class TeacherForcing:
-    """One pass over clean ‖ noised data: each chunk at a solver level, its past clean (the TF + DMD baseline).
+class DiffusionForcing(_Parallel):
+    """The past is as noisy as it comes, in one chunk-causal pass (CausVid, arXiv 2412.07772)."""
 
-    Attributes:
-        given: First chunks of each clip that stay clean and carry no loss.
-    """
+    kind: ClassVar[str] = "diffusion"
+
+
+@dataclass(frozen=True)
+class TeacherForcing(_Parallel):
+    """The past is clean, in one pass over clean ‖ noised data (the TF + DMD baseline of Self Forcing)."""
 
     kind: ClassVar[str] = "teacher"
-    given: int = 0
 
-    def __post_init__(self) -> None:
-        check_range("forcing.given", self.given, least=0)
-
-    def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
-        """Denoises each clip of the batch in one pass; arguments as `SelfForcing.generate`."""
-        noisy, given = _noised(batch, axes, key_b, self.given)
-        frames = batch.latents.shape[1]
-        clean = Frames(batch.latents, jnp.zeros_like(noisy.level), axes.layout(frames, CLEAN))
-        output = student((clean, noisy), batch.conditions, visibility=axes.visibility)
-        return _denoised(student, output.predictions[1], noisy, batch, given)
+    def _streams(self, noisy: Frames, batch: Batch, axes: Axes) -> tuple[Frames, ...]:
+        layout = axes.layout(batch.latents.shape[1], CLEAN)
+        return Frames(batch.latents, jnp.zeros_like(noisy.level), layout), noisy
 
 
 Forcing = SelfForcing | DiffusionForcing | TeacherForcing
@@ -218,8 +217,3 @@ def solver_indices(key_b: jax.Array, layout: Layout, count: int) -> jax.Array:
     chunks = layout.chunks[-1] + 1
     drawn = jax.vmap(lambda key: jax.random.randint(key, (chunks,), 0, count))(key_b)
     return drawn[:, jnp.asarray(layout.chunks, jnp.int32)]
-
-
-def _denoised(student: Any, prediction: jax.Array, noisy: Frames, batch: Batch, given: int) -> Generated:
-    video = flow.to_x0(student.config.prediction, prediction, noisy.latents, noisy.level)
-    return Generated(video, batch.conditions, {}, given)

@@ -47,15 +47,14 @@ class NoiseLaw:
 
 
 @dataclass(frozen=True)
-class DMD:
-    """Distribution matching: the difference of the critic's and the guided teacher's clean predictions is the gradient.
+class _Scores:
+    """What matchings by scores share: a teacher, and a critic that denoises the student's videos.
 
     Attributes:
         noise: Levels of comparison.
         guidance: Branches of the teacher. The field writes `r + w (r - r_null)`, which is a scale of 1 + w here.
     """
 
-    kind: ClassVar[str] = "dmd"
     noise: NoiseLaw = field(default_factory=NoiseLaw)
     guidance: Guidance = UNGUIDED
 
@@ -64,30 +63,57 @@ class DMD:
         """The teacher's score is what is matched."""
         return True
 
+    def critic_loss(
+        self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Mean squared velocity error of the critic on generated videos, over the frames that count."""
+        critic = networks["critic"]
+        frames, noise = self._noised(generated.video, generated, key_b)
+        prediction = critic((frames,), generated.conditions, visibility=Bidirectional()).predictions[0]
+        velocity = flow.to_velocity(critic.config.prediction, prediction, frames.latents, frames.level)
+        error = targets.frame_error(velocity, noise - generated.video)
+        mask = jnp.broadcast_to(generated.counts[None], error.shape)
+        return targets.masked_mean(error, mask), targets.level_buckets(error, frames.level, mask)
+
+    def _noised(self, video: jax.Array, generated: Generated, key_b: jax.Array) -> tuple[Frames, jax.Array]:
+        level = self.noise.draw(generated, targets.fold_each(key_b, 1))
+        return noised(video, level, targets.fold_each(key_b, 2))
+
+    def _predicted(
+        self, networks: Networks, video: jax.Array, generated: Generated, key_b: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        """Clean predictions of critic and teacher on a video that is noised, and how far they are apart by level."""
+        frames, _ = self._noised(video, generated, key_b)
+        fake = predict_clean(networks["critic"], frames, generated.conditions, UNGUIDED)
+        real = predict_clean(networks["teacher"], frames, generated.conditions, self.guidance)
+        return fake, real, disagreement(fake, real, frames.level, generated.counts)
+
+
+@dataclass(frozen=True)
+class DMD(_Scores):
+    """Distribution matching: the difference of the critic's and the guided teacher's clean predictions is the gradient.
+
+    Attributes:
+        noise: Levels of comparison.
+        guidance: Branches of the teacher.
+    """
+
+    kind: ClassVar[str] = "dmd"
+
     def student_loss(
         self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """The surrogate whose gradient with respect to the video is the direction over its size."""
         fixed = jax.lax.stop_gradient(generated.video)
-        level = self.noise.draw(generated, targets.fold_each(key_b, 1))
-        frames, _ = noised(fixed, level, targets.fold_each(key_b, 2))
-        fake = predict_clean(networks["critic"], frames, generated.conditions, UNGUIDED)
-        real = predict_clean(networks["teacher"], frames, generated.conditions, self.guidance)
+        fake, real, metrics = self._predicted(networks, fixed, generated, key_b)
         direction = jax.lax.stop_gradient(targets.dmd_direction(fixed, fake, real, generated.counts))
         count = targets.counted(generated.video, generated.counts)
-        metrics = disagreement(fake, real, frames.level, generated.counts)
-        metrics["dmd_gradient"] = jnp.sqrt(jnp.sum(jnp.square(direction)) / count)
-        return targets.pull(generated.video, direction, count), metrics
-
-    def critic_loss(
-        self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """Denoising of the student's videos."""
-        return denoising_loss(networks["critic"], generated, self.noise, key_b)
+        size = jnp.sqrt(jnp.sum(jnp.square(direction)) / count)
+        return targets.pull(generated.video, direction, count), {**metrics, "dmd_gradient": size}
 
 
 @dataclass(frozen=True)
-class SiD:
+class SiD(_Scores):
     """Score identity distillation: both scores are differentiated with respect to the noised video.
 
     Attributes:
@@ -97,34 +123,17 @@ class SiD:
     """
 
     kind: ClassVar[str] = "sid"
-    noise: NoiseLaw = field(default_factory=NoiseLaw)
-    guidance: Guidance = UNGUIDED
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
         check_range("matching.alpha", self.alpha)
 
-    @property
-    def needs_teacher(self) -> bool:
-        """The teacher's score is what is matched."""
-        return True
-
     def student_loss(
         self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """`mean (r - f) ((r - x) - alpha (r - f)) / mean|x - r|` over the frames that count."""
-        level = self.noise.draw(generated, targets.fold_each(key_b, 1))
-        frames, _ = noised(generated.video, level, targets.fold_each(key_b, 2))
-        fake = predict_clean(networks["critic"], frames, generated.conditions, UNGUIDED)
-        real = predict_clean(networks["teacher"], frames, generated.conditions, self.guidance)
-        loss = targets.sid_loss(generated.video, fake, real, generated.counts, self.alpha)
-        return loss, disagreement(fake, real, frames.level, generated.counts)
-
-    def critic_loss(
-        self, networks: Networks, generated: Generated, batch: Batch, key_b: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """Denoising of the student's videos."""
-        return denoising_loss(networks["critic"], generated, self.noise, key_b)
+        fake, real, metrics = self._predicted(networks, generated.video, generated, key_b)
+        return targets.sid_loss(generated.video, fake, real, generated.counts, self.alpha), metrics
 
 
 @dataclass(frozen=True)
@@ -210,17 +219,6 @@ def noised(video: jax.Array, level: jax.Array, key_b: jax.Array) -> tuple[Frames
     frames = video.shape[1]
     noise = targets.clip_noise(key_b, video.shape[1:])
     return Frames(flow.interpolate(video, noise, level), level, chunk_layout(frames, frames)), noise
-
-
-def denoising_loss(critic: Any, generated: Generated, law: NoiseLaw, key_b: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Mean squared velocity error of the critic on generated videos, over the frames that count."""
-    level = law.draw(generated, targets.fold_each(key_b, 1))
-    frames, noise = noised(generated.video, level, targets.fold_each(key_b, 2))
-    prediction = critic((frames,), generated.conditions, visibility=Bidirectional()).predictions[0]
-    velocity = flow.to_velocity(critic.config.prediction, prediction, frames.latents, level)
-    error = targets.frame_error(velocity, noise - generated.video)
-    mask = jnp.broadcast_to(generated.counts[None], error.shape)
-    return targets.masked_mean(error, mask), targets.level_buckets(error, level, mask)
 
 
 def disagreement(fake: jax.Array, real: jax.Array, level: jax.Array, counts: jax.Array) -> dict[str, jax.Array]:

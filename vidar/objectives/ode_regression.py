@@ -19,7 +19,7 @@ from vidar.diffusion import flow
 from vidar.errors import ConfigError, check_range
 from vidar.models.frames import Batch, Frames
 from vidar.objectives import targets
-from vidar.objectives.protocol import Aux, Metrics, Networks, Phase, Role, check_average
+from vidar.objectives.protocol import Aux, Metrics, Networks, OneUpdate, Role, check_average
 from vidar.sampling.axes import Axes
 from vidar.sampling.solvers import level_table
 
@@ -27,7 +27,7 @@ CONTEXTS = ("noisy", "clean")
 
 
 @dataclass(frozen=True)
-class OdeRegression:
+class OdeRegression(OneUpdate):
     """Regression on the ends of teacher trajectories, which `data.trajectories` names.
 
     Attributes:
@@ -61,14 +61,6 @@ class OdeRegression:
     def beside(self) -> bool:
         """Whether clean clips stand beside noisy ones in a training pass."""
         return self.context == "clean"
-
-    def init_aux(self) -> Aux:
-        """No auxiliary state."""
-        return ()
-
-    def phases(self, step: int) -> tuple[Phase, ...]:
-        """One update a step."""
-        return (Phase("student", "student"),)
 
     def given_frames(self, layout: Layout) -> int:
         """Frames of the given chunks."""

@@ -75,6 +75,18 @@ def check_average(ema: float | None, ema_start: int) -> None:
     check_range("objective.ema_start", ema_start, least=0)
 
 
+class OneUpdate:
+    """What objectives share whose step is one update of the student, without auxiliary state."""
+
+    def init_aux(self) -> Aux:
+        """No auxiliary state."""
+        return ()
+
+    def phases(self, step: int) -> tuple[Phase, ...]:
+        """One update a step."""
+        return (Phase("student", "student"),)
+
+
 class Objective(Protocol):
     """A frozen dataclass of hyper-parameters with the roles, phases and losses of one training method."""
 

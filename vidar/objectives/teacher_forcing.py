@@ -13,12 +13,12 @@ from vidar.errors import check_range
 from vidar.models.frames import Batch, Frames
 from vidar.objectives import targets
 from vidar.objectives.diffusion import check_weight, loss_weight
-from vidar.objectives.protocol import Aux, Metrics, Networks, Phase, Role, check_average
+from vidar.objectives.protocol import Aux, Metrics, Networks, OneUpdate, Role, check_average
 from vidar.sampling.axes import Axes
 
 
 @dataclass(frozen=True)
-class TeacherForcing:
+class TeacherForcing(OneUpdate):
     """Denoise every chunk given the clean chunks before it (the baseline of Self Forcing, arXiv 2506.08009).
 
     Attributes:
@@ -50,14 +50,6 @@ class TeacherForcing:
     def roles(self) -> Mapping[str, Role]:
         """One trained network."""
         return {"student": Role(source=self.start, optimizer="student", ema=self.ema, ema_start=self.ema_start)}
-
-    def init_aux(self) -> Aux:
-        """No auxiliary state."""
-        return ()
-
-    def phases(self, step: int) -> tuple[Phase, ...]:
-        """One update a step."""
-        return (Phase("student", "student"),)
 
     def loss(
         self, phase: str, networks: Networks, aux: Aux, axes: Axes, batch: Batch, step: jax.Array, key: jax.Array

@@ -1,4 +1,4 @@
-"""The axes of a system that objectives see, composed once by `system.py`."""
+"""The axes of a system that objectives see, composed once by `vidar.system`."""
 
 from dataclasses import dataclass
 

@@ -279,7 +279,8 @@ class Flight:
             gradient: What is differentiated: the passes before those that it names run without.
 
         Returns:
-            The flight with the prediction as its latents, and the keys and values of the exit's pass.
+            The flight with the prediction as its latents; and the keys and values of the exit's pass, where the
+            gradient goes through the cache.
         """
         if self.sampler.program.width != 1 or self.sampler.carried:
             raise ConfigError("exit_row needs one chunk in flight: lag = steps and a commit pass of its own")
@@ -313,14 +314,14 @@ class Flight:
         level = jnp.broadcast_to(jnp.asarray(level_table(self.sampler.solver))[exit_row], (self.layout.frames,))
 
         @jax.checkpoint
-        def predict(model: Any, latents: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def predict(model: Any, latents: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
             output, prediction = constant._forward(model, latents, level, None)
             rows = jnp.broadcast_to(level[None], (latents.shape[0], level.shape[0]))
             clean = flow.to_x0(model.config.prediction, prediction, latents, rows)
-            return clean, (output.keys, output.values)
+            return clean, (output.keys, output.values) if gradient.through_cache else None
 
         clean, written = predict(model, moving[0])
-        return replace(constant, latents=clean), written if gradient.through_cache else None
+        return replace(constant, latents=clean), written
 
     def commit_first(self, model: Any, instead: tuple[jax.Array, jax.Array] | None = None) -> "Flight":
         """Writes the finished oldest chunk to the cache, by a pass at the commit's level, which is not differentiated.

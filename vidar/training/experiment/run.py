@@ -1,29 +1,19 @@
-"""From an experiment card to a run: composes system, data and driver, with evaluation and sample sheets.
+"""From an experiment card to a run: composes system, data and driver, with evaluation and sample sheets."""
 
-This is the only room where the driver meets video. It must not know command lines.
-"""
-
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vidar.attention.kernels import check_backend
-from vidar.attention.visibility import chunk_layout
-from vidar.config import load as load_card
 from vidar.config import to_dict
 from vidar.data.pipeline import DataConfig, make_dataset
-from vidar.data.trajectories import Trajectories
-from vidar.errors import ConfigError, check_range
+from vidar.errors import ConfigError
 from vidar.evaluation.context import context_gap
 from vidar.evaluation.metrics import psnr
 from vidar.evaluation.sheets import contact_sheet
-from vidar.models.codecs.pixel import PixelCodec
 from vidar.models.dit import DiTConfig
 from vidar.models.flops import PATTERNS, shape_of, training_flops
 from vidar.models.layers import DiscreteActions
@@ -34,65 +24,13 @@ from vidar.objectives.protocol import Role
 from vidar.pipeline import trained_pipeline
 from vidar.preparation.embeddings import Embeddings
 from vidar.sampling.noise import session_keys
-from vidar.sampling.solvers import level_table
-from vidar.sharding import MeshConfig
-from vidar.system import OnData, System, SystemConfig, compose, load, stored_role, system_config
-from vidar.training.config import TrainingConfig
+from vidar.system import OnData, System, SystemConfig, compose, load, stored_role
+from vidar.training.experiment.checks import check_optimizers, check_run, evaluates
+from vidar.training.experiment.config import RunConfig
 from vidar.training.logging import MetricWriter
 from vidar.training.loop import Run
-from vidar.training.optimizers import OptimizerConfig
 
-_logger = logging.getLogger("vidar")
 BATCHES = ("main", "critic")
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """What is generated from held-out clips while training.
-
-    Attributes:
-        split: Split of the data.
-        clips: Clips that are generated.
-        given: Frames of each clip that are given; may be 0 where a text says what is to be seen.
-        frames: Frames of each generated clip, given ones included; None for the training length.
-        rows: Clips shown on a sample sheet.
-    """
-
-    split: str = "validation"
-    clips: int = 16
-    given: int = 1
-    frames: int | None = None
-    rows: int = 4
-
-    def __post_init__(self) -> None:
-        for name, least in (("clips", 1), ("given", 0), ("rows", 1)):
-            check_range(f"evaluation.{name}", getattr(self, name), least=least)
-
-
-@dataclass(frozen=True)
-class RunConfig(SystemConfig):
-    """A system with its data and its training.
-
-    Attributes:
-        data: Clips and batches.
-        training: Length and rhythm.
-        optimizers: By the name that roles use.
-        mesh: Sizes of the mesh axes.
-        evaluation: Generation from held-out clips.
-        embeddings: Directory of the text states of all captions (`vidar data embeddings`), for models with text.
-    """
-
-    data: DataConfig = field(default_factory=DataConfig)
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=1000))
-    optimizers: Mapping[str, OptimizerConfig] = field(default_factory=dict)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    embeddings: str | None = None
-
-
-def load_run_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Reads an experiment card with overrides such as `--config.training.steps=10`."""
-    return system_config(load_card(path, overrides), RunConfig)
 
 
 def make_run(config: RunConfig) -> Run:
@@ -110,9 +48,7 @@ def make_run(config: RunConfig) -> Run:
         DataError: The data cannot be read.
     """
     system = compose(config)
-    _check_data(config)
-    _check_mesh(config)
-    _check_evaluation(config)
+    check_run(config)
     roles = system.roles
     weights = {role: _start(system, role, choice.source) for role, choice in roles.items()}
     for role in _frozen(roles):
@@ -121,7 +57,7 @@ def make_run(config: RunConfig) -> Run:
     run = _run(config, system, weights)
     names = {phase.batch for step in range(config.training.steps) for phase in run.objective.phases(step)}
     embeddings = None if config.embeddings is None else Embeddings(config.embeddings)
-    evaluate, sample = _callbacks(config, system, embeddings) if _evaluates(config) else (None, None)
+    evaluate, sample = _callbacks(config, system, embeddings) if evaluates(config) else (None, None)
     return replace(
         run,
         batches={name: _factory(config.data, index) for index, name in enumerate(BATCHES) if name in names},
@@ -156,7 +92,7 @@ def _frozen(roles: Mapping[str, Role]) -> set[str]:
 def _run(config: RunConfig, system: System, weights: Mapping[str, Any]) -> Run:
     """A run without data, from the weights of each role, or their shapes."""
     objective = OnData(system)
-    _check_optimizers(config, objective)
+    check_optimizers(config, objective)
     roles, heads = system.roles, jax.random.key(config.training.seed)
     trained, frozen = {role for role, choice in roles.items() if choice.optimizer is not None}, _frozen(roles)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(dict(weights)))
@@ -264,12 +200,6 @@ def _callbacks(config: RunConfig, system: System, embeddings: Embeddings | None)
     return evaluate if sampler.program.lag else None, sample
 
 
-def _evaluates(config: RunConfig) -> bool:
-    wanted = config.training.eval_every or config.training.sample_every
-    # Without a context nothing can be continued: whole clips are looked at where a text says what they should show.
-    return bool(wanted) and (config.plan.lag != 0 or config.model.text is not None)
-
-
 def _start(system: System, role: str, source: str) -> Any:
     """Weights that a role starts from; None for a random start."""
     if source == "init":
@@ -330,121 +260,3 @@ def _numeric(config: RunConfig, embeddings: Embeddings | None, batch: Mapping[st
         raise ConfigError(f"the model needs {', '.join(sorted(missing))}, which the data does not have{hint}")
     chosen = {name: value for name, value in batch.items() if name in wanted}
     return chosen | {"index": np.asarray(chosen["index"], np.int32)}
-
-
-def _check_data(config: RunConfig) -> None:
-    frames, source = config.video.frames, "video.frames"
-    longer = getattr(config.objective, "frames", None)
-    if longer is not None and config.model.actions is not None:  # which are needed for all of a rollout
-        frames, source = longer, "objective.forcing.frames"
-    pixel_frames = config.codec.pixel_frames(frames)
-    if config.data.frames != pixel_frames:
-        raise ConfigError(f"data.frames={config.data.frames}, but {source}={frames} needs {pixel_frames}")
-    if config.data.batch % config.training.accumulate:
-        raise ConfigError(
-            f"data.batch={config.data.batch} does not split into training.accumulate={config.training.accumulate} parts"
-        )
-    if config.data.prompts is not None:
-        if getattr(config.objective, "needs_clips", True):
-            raise ConfigError(
-                f"data.prompts={config.data.prompts!r} has no clips, which the objective needs: give data.tfds or "
-                "data.records (prompts are enough for self forcing without given frames, by DMD or SiD)"
-            )
-        if _evaluates(config) and config.data.tfds is None and config.data.records is None:
-            raise ConfigError(
-                "data.prompts has no clips to evaluate on: leave training.eval_every and sample_every out"
-            )
-    if config.data.trajectories is not None:
-        _check_trajectories(config, Trajectories(config.data.trajectories))
-    elif isinstance(config.objective, OdeRegression):
-        raise ConfigError(
-            "ode_regression needs a teacher's trajectories (`vidar data trajectories`): set data.trajectories"
-        )
-
-
-def _check_trajectories(config: RunConfig, trajectories: Trajectories) -> None:
-    """Trajectories must be of the model's latents, and of exactly the levels that the student will visit."""
-    video, codec, form, place = config.video, config.codec, trajectories.form, config.data.trajectories
-    latent = (video.frames, *codec.latent_size(video.height, video.width), codec.channels)
-    if form.latent != latent:
-        raise ConfigError(
-            f"data.trajectories={place!r} holds latents {list(form.latent)}, the system's are {list(latent)}"
-        )
-    if _evaluates(config) and config.data.tfds is None and config.data.records is None:
-        raise ConfigError("data.trajectories have no pixels to evaluate on: set data.tfds or data.records beside them")
-    if not isinstance(config.objective, OdeRegression):
-        return
-    if not np.array_equal(trajectories.levels, level_table(config.solver)):
-        stored, visited = (", ".join(f"{x:.7g}" for x in table) for table in (form.levels, level_table(config.solver)))
-        raise ConfigError(
-            f"data.trajectories={place!r} holds the levels {stored}, but the solver visits {visited}: give both "
-            "the same times and shift"
-        )
-    layout = chunk_layout(video.frames, video.chunk, independent_first_frame=video.independent_first_frame)
-    given = config.objective.given_frames(layout)
-    if given != form.given:
-        raise ConfigError(
-            f"objective.given={config.objective.given} chunks are {given} frames, but data.trajectories={place!r} was "
-            f"made with {form.given} given ones: make them equal"
-        )
-
-
-def _check_evaluation(config: RunConfig) -> None:
-    choice, video = config.evaluation, config.video
-    frames = choice.frames or video.frames
-    if not _evaluates(config):
-        return
-    if not isinstance(config.codec, PixelCodec):
-        raise ConfigError(
-            f"evaluation while training needs a codec without weights, not {config.codec.kind}: leave "
-            "training.eval_every and training.sample_every out"
-        )
-    text = config.model.text
-    if text is not None and text.encoder is None:
-        raise ConfigError(
-            "evaluation while training needs a text encoder in the model (model.text.encoder): leave "
-            "training.eval_every and training.sample_every out"
-        )
-    if config.plan.lag == 0:
-        if frames != video.frames:
-            raise ConfigError(f"evaluation.frames={frames}, but plan.lag=0 makes clips of video.frames={video.frames}")
-        return
-    if choice.given >= frames:
-        raise ConfigError(f"evaluation.given={choice.given} leaves none of {frames} frames to generate")
-    head = int(video.independent_first_frame)
-    least = 0 if text is not None else 1
-    whole = choice.given >= head and not (choice.given - head) % video.chunk and not (frames - head) % video.chunk
-    if choice.given < least or not (whole or choice.given == 0):
-        raise ConfigError(
-            f"evaluation.given={choice.given} of {frames} frames are not whole chunks of {video.chunk}: "
-            f"give {head or video.chunk}"
-        )
-
-
-def _check_optimizers(config: RunConfig, objective: OnData) -> None:
-    used = {choice.optimizer for choice in objective.roles.values() if choice.optimizer is not None}
-    unused = sorted(set(config.optimizers) - used)
-    if unused:
-        raise ConfigError(f"optimizers.{unused[0]}: no role uses it; the objective's are {', '.join(sorted(used))}")
-
-
-def _check_mesh(config: RunConfig) -> None:
-    """Sizes that the mesh splits must divide."""
-    mesh = config.mesh
-    for name, model in (("model", config.model), ("teacher", config.teacher), ("critic", config.critic)):
-        if model is None:
-            continue
-        check_backend(model.backend)
-        shards = max(1, mesh.tensor) * max(1, mesh.sequence)
-        if model.heads % shards:
-            fits = [count for count in range(1, model.heads + 1) if model.heads % count == 0]
-            raise ConfigError(
-                f"{name}.heads={model.heads} does not split over mesh tensor={mesh.tensor} × sequence={mesh.sequence}: "
-                f"their product must be one of {fits}"
-            )
-    rows = max(1, mesh.data) * max(1, mesh.fsdp)
-    if config.data.batch // config.training.accumulate % rows:
-        raise ConfigError(
-            f"data.batch={config.data.batch} in {config.training.accumulate} parts does not split over mesh "
-            f"data={mesh.data} × fsdp={mesh.fsdp}: use a multiple of {rows * config.training.accumulate}"
-        )

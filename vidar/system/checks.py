@@ -1,0 +1,137 @@
+"""Checks across the axes of a system: every choice that contradicts another is named in one line."""
+
+import numpy as np
+
+from vidar.attention.visibility import TeacherForcing, chunk_layout, leaks
+from vidar.errors import ConfigError, check_range
+from vidar.objectives.distillation import Distillation
+from vidar.objectives.matching import GAN
+from vidar.objectives.ode_regression import OdeRegression
+from vidar.sampling.rollout import Sampler
+from vidar.sampling.solvers import FewStep
+from vidar.system.config import Objectives, SystemConfig
+
+
+def check_parts(config: SystemConfig) -> None:
+    """Checks what each part must be for the others, before anything is composed.
+
+    Args:
+        config: One choice on each axis.
+
+    Raises:
+        ConfigError: A part does not fit.
+    """
+    video = config.video
+    head = 1 if video.independent_first_frame else 0
+    if (video.frames - head) % video.chunk:
+        fits = head + video.chunk * max(1, round((video.frames - head) / video.chunk))
+        raise ConfigError(
+            f"video.frames={video.frames} is not a whole number of chunks of {video.chunk}"
+            f"{' after the first frame' if head else ''}; {fits} would be"
+        )
+    check_range("drop", config.drop, least=0, most=1)
+    config.context.check(video.chunk, video.independent_first_frame)
+    for role, network in (("model", config.model), ("teacher", config.teacher), ("critic", config.critic)):
+        if network is not None and network.channels != config.codec.channels:
+            raise ConfigError(
+                f"{role}.channels={network.channels}, but the codec gives {config.codec.channels} channels"
+            )
+
+
+def check_choices(config: SystemConfig, sampler: Sampler) -> None:
+    """Checks objective and plan against everything else.
+
+    Args:
+        config: One choice on each axis.
+        sampler: How the student generates.
+
+    Raises:
+        ConfigError: Choices contradict each other.
+    """
+    _check_objective(config, sampler)
+    _check_plan(config, sampler)
+
+
+def _check_objective(config: SystemConfig, sampler: Sampler) -> None:
+    objective, pattern = config.objective, config.visibility
+    beside = getattr(objective, "beside", False)
+    if isinstance(objective, Objectives) and beside != isinstance(pattern, TeacherForcing):
+        raise ConfigError(
+            f"objective {type(objective).__name__} and visibility {type(pattern).__name__} do not go together: "
+            "visibility teacher_forcing is for objectives with clean clips beside noisy ones, which need it"
+        )
+    if isinstance(objective, Distillation):
+        _check_distillation(config, objective, sampler)
+    if isinstance(objective, OdeRegression):
+        _check_ode_regression(config, objective, sampler)
+    levels = getattr(config.levels.base, "levels", None)
+    if levels is not None and not np.all(np.diff(levels) < 0):
+        raise ConfigError(f"levels.base.levels={levels} must descend")
+
+
+def _check_ode_regression(config: SystemConfig, objective: OdeRegression, sampler: Sampler) -> None:
+    video = config.video
+    chunks = chunk_layout(video.frames, video.chunk, independent_first_frame=sampler.first).chunks[-1] + 1
+    if objective.given >= chunks:
+        raise ConfigError(
+            f"objective.given={objective.given} of {chunks} chunks leaves none to learn: give 0 … {chunks - 1}"
+        )
+
+
+def _check_distillation(config: SystemConfig, objective: Distillation, sampler: Sampler) -> None:
+    forcing, video = objective.forcing, config.video
+    if config.plan.lag not in (None, config.solver.steps) or config.plan.commit.kind != "extra_pass":
+        raise ConfigError("distillation rolls out one chunk at a time: use plan.lag=None and an extra_pass commit")
+    if not isinstance(config.solver, FewStep):
+        raise ConfigError(
+            f"distillation makes a few-step student: use solver.kind='few_step', not {config.solver.kind!r}"
+        )
+    chunks = chunk_layout(video.frames, video.chunk, independent_first_frame=sampler.first).chunks
+    if not 0 <= forcing.given <= chunks[-1]:
+        raise ConfigError(
+            f"objective.forcing.given={forcing.given} of {chunks[-1] + 1} chunks leaves none to generate: "
+            f"give 0 … {chunks[-1]}"
+        )
+    if video.independent_first_frame and not forcing.given:
+        raise ConfigError("distillation with an independent first frame needs it given: set objective.forcing.given=1")
+    frames = objective.frames
+    if frames is not None and (frames < video.frames or (frames - video.frames) % video.chunk):
+        raise ConfigError(
+            f"objective.forcing.frames={frames} must be video.frames={video.frames} "
+            f"and whole chunks of {video.chunk} more"
+        )
+    if isinstance(objective.matching, GAN):
+        objective.matching.heads.blocks((config.critic or config.teacher or config.model).layers)
+
+
+def _check_plan(config: SystemConfig, sampler: Sampler) -> None:
+    program = sampler.program
+    if not program.lag:
+        return
+    frames = config.video.frames
+    if config.context.window is not None:
+        frames = max(frames, 2 * config.context.window)
+    layout = chunk_layout(frames, config.video.chunk, independent_first_frame=config.video.independent_first_frame)
+    if leaks(sampler.visibility, layout):
+        raise ConfigError(
+            f"visibility {type(config.visibility).__name__} lets frames see later chunks, so cached keys would be "
+            "wrong: use chunk_causal, or plan.lag=0 to generate the whole clip at once"
+        )
+    if config.context.window is None and config.context.positions == "relative":
+        raise ConfigError("context.positions='relative' needs a window: set context.window")
+    fused = config.plan.commit.kind == "fused"
+    if fused and config.plan.commit.drops:
+        raise ConfigError(
+            f"plan.commit.drops={config.plan.commit.drops} needs a pass of its own, since a fused row shares its "
+            "conditions with the next chunk: use plan.commit.kind='extra_pass'"
+        )
+    if config.context.positions == "relative" and config.context.sink and (program.width > 1 or fused):
+        raise ConfigError(
+            "context.positions='relative' with a sink runs one chunk at a time, because each chunk sees the sink "
+            "elsewhere: use plan.lag=None and an extra_pass commit, or context.sink=0"
+        )
+    if config.model.backend != "xla" and (program.width > 1 or fused):
+        raise ConfigError(
+            f"model.backend={config.model.backend!r} runs one chunk at a time: use backend='xla' for "
+            f"lag={program.lag} of {program.steps} steps with a {config.plan.commit.kind} commit"
+        )
