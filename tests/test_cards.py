@@ -10,7 +10,8 @@ from vidar.training.experiment import abstract_run, load_run_config
 CONFIGS = Path("configs")
 SYSTEMS = sorted(path for path in (CONFIGS / "systems").glob("*.py"))
 PLAIN = sorted(path for path in CONFIGS.glob("*/*.py") if path.parent.name not in ("systems", "ablations"))
-CARDS = [str(path) for path in PLAIN] + [f"{path}:{base}" for path in SYSTEMS for base in ("world", "doom", "wan_1_3b")]
+BASES = ("world", "doom", "captions", "wan_1_3b")
+CARDS = [str(path) for path in PLAIN] + [f"{path}:{base}" for path in SYSTEMS for base in BASES]
 
 
 @pytest.mark.parametrize("card", CARDS)

@@ -2,7 +2,7 @@
 
 Papers: rectified flow (arXiv 2209.03003) over whole clips at one level; classifier-free guidance (arXiv 2207.12598).
 Data: `vidar data world --config captioned --directory data/world --clips 16000 --frames 8`
-Command: `vidar train --config configs/captions/teacher.py --workdir runs/captions/teacher`
+Command: `vidar train --config configs/captions/teacher.py --workdir runs/captions_teacher`
 Hardware: 2 CPU cores; 16 tokens a frame, 8 frames a clip.
 Metric: accuracy on captions that training never shows (`vidar eval captions`).
 """
@@ -40,11 +40,11 @@ def get_config() -> ConfigDict:
             "learning_rate": 0.02,
             "schedule": "cosine",
             "warmup": 20,
-            "decay_steps": 4000,
+            "decay_steps": 8000,
             "final_fraction": 0.02,
             "beta1": 0.95,
             "beta2": 0.98,
         }
     }
-    config.training = {"steps": 4000, "log_every": 20, "save_every": 200}
+    config.training = {"steps": 8000, "log_every": 20, "save_every": 200}
     return config

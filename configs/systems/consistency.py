@@ -2,7 +2,7 @@
 
 Papers: consistency models (arXiv 2303.01469); the causal initialisation that Causal Forcing argues for.
 Command: `vidar train --config configs/systems/consistency.py:BASE --workdir runs/BASE_consistency`
-    BASE is world (the default), doom or wan_1_3b, each after its teacher_forcing.py, which is teacher and start.
+    BASE is world (the default), doom, captions or wan_1_3b, each after its teacher_forcing.py: teacher and start.
 Hardware: as the base's teacher_forcing.py, with three passes in place of one.
 Metric: as self_forcing_dmd.py, which it starts.
 """
@@ -14,18 +14,18 @@ from ml_collections import ConfigDict
 from vidar.config import load
 
 CONFIGS = Path(__file__).parent.parent
-SOURCES = {"world": "runs/world_student", "doom": "runs/doom_teacher_forcing", "wan_1_3b": "runs/wan_teacher_forcing"}
 
 
 def get_config(base: str = "world") -> ConfigDict:
     """The experiment."""
     base = base or "world"
     config = load(CONFIGS / base / "teacher_forcing.py").unlock()
+    source = "runs/world_student" if base == "world" else f"runs/{base}_teacher_forcing"
     config.objective = {
         "kind": "consistency",
-        "student": SOURCES[base],
-        "teacher": SOURCES[base],
-        "given": 0 if base == "wan_1_3b" else 1,
+        "student": source,
+        "teacher": source,
+        "given": 1 if base in ("world", "doom") else 0,
         "ema": 0.99,
     }
     config.solver = {"kind": "few_step", "times": (1000.0, 750.0, 500.0, 250.0), "shift": 5.0}

@@ -5,8 +5,8 @@ Data: `vidar data trajectories --model runs/world_teacher --tfds vidar_world/one
     --times 1000,750,500,250 --shift 5 --solver-steps 48 --count 4096 --output data/world_trajectories`;
     wan_1_3b: the same from a published teacher and prompts, or `--lmdb` for the pairs that CausVid published.
 Command: `vidar train --config configs/systems/ode_regression.py:BASE --workdir runs/BASE_ode`
-    BASE is world (the default), doom or wan_1_3b.
-Hardware: world and doom: 2 CPU cores; wan_1_3b: 8 TPU v5p, 3,000 updates in CausVid.
+    BASE is world (the default), doom, captions or wan_1_3b.
+Hardware: world, doom and captions: 2 CPU cores; wan_1_3b: 8 TPU v5p, 3,000 updates in CausVid.
 Metric: as self_forcing_dmd.py, which it starts.
 """
 
@@ -22,7 +22,7 @@ def get_config(base: str = "world") -> ConfigDict:
     card = Path(__file__).with_name("self_forcing_dmd.py")
     config = load(f"{card}:{base or 'world'}").unlock()
     wan = base == "wan_1_3b"
-    given = 0 if wan else 1
+    given = config.objective.forcing.get("given", 0)
     start = "checkpoints/wan_1_3b.safetensors" if wan else config.objective.student
     config.objective = {"kind": "ode_regression", "given": given, "start": start, "ema": 0.99}
     for unused in ("teacher", "critic", "roles"):

@@ -2,10 +2,12 @@
 
 Paper: Self Forcing (arXiv 2506.08009, sections 3 and 4; its published settings for Wan 1.3B).
 Command: `vidar train --config configs/systems/self_forcing_dmd.py:BASE --workdir runs/BASE_self_forcing`
-    BASE is world (the default), doom or wan_1_3b; world and doom after their cards teacher_forcing.py and teacher.py.
-Hardware: world and doom: 2 CPU cores, a quarter and half an hour. wan_1_3b: a 14B teacher, a 1.3B critic, 64 clips in
-    8 parts: 8 TPU v5p (`--lower-only --topology v5p:2x2x2` says what it takes); in the paper 64 H100 for 2 hours.
-Metric: world: `vidar eval world`; doom: `vidar eval turning`; wan_1_3b: VBench 84.31 / 85.07 / 81.28 in the paper.
+    BASE is world (the default), doom, captions or wan_1_3b; all but wan_1_3b after their cards teacher_forcing.py and
+    teacher.py.
+Hardware: world, doom and captions: 2 CPU cores, a quarter to half an hour. wan_1_3b: a 14B teacher, a 1.3B critic, 64
+    clips in 8 parts: 8 TPU v5p (`--lower-only --topology v5p:2x2x2` says what it takes); in the paper 64 H100, 2 hours.
+Metric: world: `vidar eval world`; doom: `vidar eval turning`; captions: `vidar eval captions`; wan_1_3b: VBench 84.31 /
+    85.07 / 81.28 in the paper.
 """
 
 from pathlib import Path
@@ -51,13 +53,18 @@ def get_config(base: str = "world") -> ConfigDict:
         }
         config.training.update({"steps": 600, "save_every": 50})
         return config
-    names = {"world": ("student", "teacher"), "doom": ("teacher_forcing", "teacher")}[base or "world"]
+    base = base or "world"
+    matching = {"kind": "dmd", "noise": {"shift": 3.0}}
+    if base == "captions":  # where everything comes from the text, and the teacher is larger than the student
+        teacher = load(CONFIGS / base / "teacher.py")
+        config.teacher = teacher.model
+        matching["guidance"] = teacher.guidance
     config.objective = {
         "kind": "distillation",
-        "forcing": {"kind": "self", "given": 1},
-        "matching": {"kind": "dmd", "noise": {"shift": 3.0}},
-        "student": f"runs/{base or 'world'}_{names[0]}",
-        "teacher": f"runs/{base or 'world'}_{names[1]}",
+        "forcing": {"kind": "self", "given": 0 if base == "captions" else 1},
+        "matching": matching,
+        "student": "runs/world_student" if base == "world" else f"runs/{base}_teacher_forcing",
+        "teacher": f"runs/{base}_teacher",
         "generator_every": 2,
         "ema": 0.95,
         "ema_start": 10,

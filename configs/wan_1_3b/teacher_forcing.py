@@ -2,7 +2,7 @@
 
 Paper: the teacher-forcing baseline of Self Forcing (arXiv 2506.08009), with the settings that Causal Forcing published.
 Data: 81 frames of 480×832 as latents of Wan's VAE, and text states (`vidar data embeddings`).
-Command: `vidar train --config configs/wan_1_3b/teacher_forcing.py --workdir runs/wan_teacher_forcing`
+Command: `vidar train --config configs/wan_1_3b/teacher_forcing.py --workdir runs/wan_1_3b_teacher_forcing`
     (`--lower-only --topology v5p:2x2x2` says what a step takes, without data or weights)
 Hardware: 8 TPU v5p or 8 H100 with `mesh.fsdp=8`; published runs take 2,000 updates, better 5,000 to 10,000.
 Metric: VBench with extended prompts; 83.58 in the paper with 50 steps and guidance.
