@@ -30,9 +30,6 @@ CONFIG = DiTConfig(
 )
 TOKENS = CONFIG.tokens(*LATENT[:2])
 
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""`jax.jit` that compiles three times faster, for outermost functions that run only a few times."""
-
 
 @functools.cache
 def network(config: DiTConfig = CONFIG, seed: int = 0):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import CONFIG, LATENT, network, quick_jit
+from tests.networks import CONFIG, LATENT, network
 from vidar.attention.kernels import Pattern
 from vidar.attention.visibility import (
     CLEAN,
@@ -188,7 +188,7 @@ def dependency(visibility, layouts, levels) -> np.ndarray:
         return jnp.sum(jnp.take(out, frame, axis=0) * weights)
 
     latents = jax.random.normal(jax.random.key(0), (total, *LATENT))
-    gradients = quick_jit(jax.vmap(jax.grad(response), (None, 0)))(latents, jnp.arange(total))
+    gradients = jax.jit(jax.vmap(jax.grad(response), (None, 0)))(latents, jnp.arange(total))
     return np.asarray(jnp.max(jnp.abs(gradients), axis=(2, 3, 4)))
 
 

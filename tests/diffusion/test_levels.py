@@ -15,12 +15,11 @@ from vidar.diffusion.flow import few_step_levels
 from vidar.diffusion.levels import LevelsConfig
 
 KEY = jax.random.key(7)
-QUICK = {"xla_backend_optimization_level": 0}  # compiling costs more than drawing
 
 
 def sample(config: LevelsConfig, b: int, u: int) -> lv.Levels:
     """Draws a batch under jit, as numpy arrays."""
-    drawn = jax.jit(config.sample, static_argnums=(1, 2), compiler_options=QUICK)(KEY, b, u)
+    drawn = jax.jit(config.sample, static_argnums=(1, 2))(KEY, b, u)
     return lv.Levels(*(np.asarray(array) for array in drawn))
 
 
@@ -77,7 +76,7 @@ def test_fopp_draws_vectors_with_the_probability_of_brute_force():
         through = [index for index, vector in enumerate(vectors) if vector[f] == t]
         expected[through] += 1 / (chunks * steps) / len(through)
     keys = jax.random.split(KEY, draws)
-    draw = jax.jit(jax.vmap(lambda key: lv.fopp_discrete(key, chunks, steps)), compiler_options=QUICK)
+    draw = jax.jit(jax.vmap(lambda key: lv.fopp_discrete(key, chunks, steps)))
     drawn = np.asarray(draw(keys))
     counts = np.array([(drawn == vector).all(axis=1).sum() for vector in vectors])
     assert counts.sum() == draws

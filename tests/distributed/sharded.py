@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.networks import CONFIG, clip, network, quick_jit, sampler
+from tests.networks import CONFIG, clip, network, sampler
 from vidar.attention.visibility import ChunkCausal, TeacherForcing
 from vidar.diffusion.levels import Independent, LevelsConfig
 from vidar.models.dit import TextConfig
@@ -51,13 +51,13 @@ def loss_and_gradient(name, models, batch):
         key = jax.random.key(5)
         return objective.loss("student", networks, (), axes, batch, jnp.int32(3), key)[0]
 
-    return quick_jit(jax.value_and_grad(loss))(models["student"], batch)
+    return jax.jit(jax.value_and_grad(loss))(models["student"], batch)
 
 
 def ticks(sampler, models, batch):
     """Four ticks of a stream whose ring wraps, one session a tick behind: emitted latents, and the cache after them."""
 
-    @quick_jit
+    @jax.jit
     def tick(model, state, conditions):
         state, chunk = sampler.tick(model, state, conditions)
         return state, chunk.latents

@@ -22,7 +22,7 @@ import pytest
 from tests.golden import causal as golden
 from tests.golden.wan import weight
 from tests.interop.test_wan import stored
-from tests.networks import pattern, quick_jit
+from tests.networks import pattern
 from vidar.attention.cache import ContextConfig, slot_tokens
 from vidar.attention.visibility import chunk_layout
 from vidar.diffusion import flow
@@ -92,7 +92,7 @@ def forward(case: golden.Case):
     layout = chunk_layout(case.frames, case.chunk, independent_first_frame=case.first)
     network, visibility = model(), pattern(case.window, case.sink)
 
-    @quick_jit
+    @jax.jit
     def run(latents, level, conditions):
         frames = Frames(latents, level, layout)
         return network((frames,), conditions, visibility=visibility).predictions[0]
@@ -153,7 +153,7 @@ def rolled_out(case: golden.Case) -> tuple[np.ndarray, np.ndarray]:
     plan, network = sampler(case), model()
     prompts = [plan.encode(network, text(number)) for number in range(2 if case.switch else 1)]
     state = plan.init(network, jax.vmap(jax.random.key)(jnp.arange(golden.ROWS)))
-    tick = quick_jit(lambda state, conditions: plan.tick(network, state, conditions))
+    tick = jax.jit(lambda state, conditions: plan.tick(network, state, conditions))
     parts, seen = [], np.zeros((len(case.blocks()), case.frames), bool)
     for index, (start, end) in enumerate(case.blocks()):
         slots = slot_tokens(state.cache)
@@ -161,7 +161,7 @@ def rolled_out(case: golden.Case) -> tuple[np.ndarray, np.ndarray]:
         seen[index, start:end] = True
         if case.first and not index:
             parts.append(jnp.asarray(golden.clean(1)))
-            state = quick_jit(functools.partial(plan.prefill, network))(state, parts[0], prompts[0])
+            state = jax.jit(functools.partial(plan.prefill, network))(state, parts[0], prompts[0])
             continue
         state, chunk = tick(state, prompts[case.switch is not None and start >= case.switch])
         np.testing.assert_array_equal(chunk.frame, [start] * golden.ROWS)

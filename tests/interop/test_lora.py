@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 from tests.golden import wan as golden
 from tests.interop.test_sources import stored
 from tests.interop.test_wan import FP32, SMALL, VAE, described, seeded
-from tests.networks import quick_jit
 from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.errors import CheckpointError, ConfigError
 from vidar.interop import tables
@@ -126,7 +125,7 @@ def test_a_merged_network_computes_what_the_sum_does():
     found = merged_into(network, adapter(base()), 0.7)
     given = {key: jnp.asarray(value) for key, value in golden.inputs(False).items()}
     frames = Frames(given["latents"], jnp.broadcast_to(given["time"][:, None] / 1000, (2, 3)), chunk_layout(3, 3))
-    forward = quick_jit(lambda model: model((frames,), Conditions(given["text"]), visibility=Bidirectional()))
+    forward = jax.jit(lambda model: model((frames,), Conditions(given["text"]), visibility=Bidirectional()))
     output, expected, without = (forward(one).predictions[0] for one in (found.load(), summed(0.7), network.load()))
     assert near(output, expected, 1e-5)
     assert not near(output, without, 1e-2)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tests.golden import wan as golden
-from tests.networks import quick_jit
 from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.errors import CheckpointError, ConfigError
 from vidar.interop import tables, wan
@@ -113,7 +112,7 @@ def test_transformers_compute_what_diffusers_does(name):
     conditions = Conditions(text=given["text"], image=given.get("image"), latents=further)
     model = loaded(DITS[name])
 
-    @quick_jit
+    @jax.jit
     def forward(conditions):
         return model((frames,), conditions, visibility=Bidirectional()).predictions[0]
 
@@ -129,14 +128,14 @@ def test_the_vae_computes_what_diffusers_does():
     model = loaded(VAE)
     with np.load(golden.ARRAYS) as arrays:
         latents, frames = arrays["encoded"], arrays["decoded"]
-    assert near(quick_jit(lambda x: model.encode(x))(jnp.asarray(golden.pixels())), latents, 1e-5)
-    decode = quick_jit(lambda x: model.decode_floats(x))
+    assert near(jax.jit(lambda x: model.encode(x))(jnp.asarray(golden.pixels())), latents, 1e-5)
+    decode = jax.jit(lambda x: model.decode_floats(x))
     assert near(decode(jnp.asarray(latents))[:, :, ::4, ::4], frames, 1e-4)
 
 
 def test_the_text_encoder_computes_what_transformers_does():
     model, lengths = loaded(TEXT), jnp.asarray(golden.LENGTHS, jnp.int32)
-    found = quick_jit(lambda tokens, lengths: model(tokens, lengths))(jnp.asarray(golden.tokens()), lengths)
+    found = jax.jit(lambda tokens, lengths: model(tokens, lengths))(jnp.asarray(golden.tokens()), lengths)
     with np.load(golden.ARRAYS) as arrays:
         assert near(found, arrays["text"], 2e-5)
     assert not np.any(found[1, golden.LENGTHS[1] :])

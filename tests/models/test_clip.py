@@ -11,7 +11,6 @@ import pytest
 from tests.golden import clip as golden
 from tests.golden.wan import unfolded, weight
 from tests.interop.test_sources import stored
-from tests.networks import quick_jit
 from vidar.errors import CheckpointError, ConfigError
 from vidar.interop import clip, tables
 from vidar.interop.sources import Stored
@@ -62,7 +61,7 @@ def loaded(arrays, config=SMALL, layout="diffusers"):
 
 
 def encoded(model):
-    return quick_jit(lambda model, pixels: model(pixels))(model, jnp.asarray(golden.images()))
+    return jax.jit(lambda model, pixels: model(pixels))(model, jnp.asarray(golden.images()))
 
 
 def near(found, expected, tolerance) -> bool:

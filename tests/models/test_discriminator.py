@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.networks import clip, network, quick_jit
+from tests.networks import clip, network
 from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.errors import ConfigError
 from vidar.models.discriminator import Discriminator, DiscriminatorConfig
@@ -26,7 +26,7 @@ def test_it_is_the_network_underneath():
     def run(model):
         return model((STREAM,), CONDITIONS, visibility=Bidirectional()).predictions[0]
 
-    np.testing.assert_array_equal(quick_jit(run)(critic()), quick_jit(run)(network()))
+    np.testing.assert_array_equal(jax.jit(run)(critic()), jax.jit(run)(network()))
 
 
 def test_heads_read_their_block_and_every_frame():
@@ -35,14 +35,14 @@ def test_heads_read_their_block_and_every_frame():
     def logits(latents, model=model):
         return model.logits(replace(STREAM, latents=latents), CONDITIONS)
 
-    found = quick_jit(logits)(LATENTS)
+    found = jax.jit(logits)(LATENTS)
     assert found.shape == (2,)
-    slope = np.asarray(quick_jit(jax.grad(lambda latents: jnp.sum(logits(latents))))(LATENTS))
+    slope = np.asarray(jax.jit(jax.grad(lambda latents: jnp.sum(logits(latents))))(LATENTS))
     assert (np.abs(slope).max(axis=(2, 3, 4)) > 1e-6).all()
-    other = quick_jit(logits)(LATENTS.at[1].add(1.0))
+    other = jax.jit(logits)(LATENTS.at[1].add(1.0))
     np.testing.assert_allclose(other[0], found[0], rtol=1e-5)
     assert abs(float(other[1] - found[1])) > 1e-4
-    gradient = quick_jit(jax.grad(lambda model: jnp.sum(logits(LATENTS, model))))(model)
+    gradient = jax.jit(jax.grad(lambda model: jnp.sum(logits(LATENTS, model))))(model)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
     unused = {path for path, leaf in leaves.items() if float(jnp.abs(leaf).max()) == 0}
     # The DiT's own head is not asked; a bias of keys moves no softmax.

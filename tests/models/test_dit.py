@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.networks import CONFIG, LATENT, clip, network, pattern, quick_jit
+from tests.networks import CONFIG, LATENT, clip, network, pattern
 from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.errors import ConfigError
 from vidar.models.dit import DiT, DiTConfig, ImageConfig, TextConfig
@@ -32,14 +32,14 @@ def conditions(rows=2):
     return Conditions(text, clip(rows, FRAMES)[1].actions, jnp.arange(rows, dtype=jnp.int32))
 
 
-@quick_jit
+@jax.jit
 def predict(model, frames, given):
     return model((frames,), given, visibility=pattern()).predictions[0]
 
 
 def fresh(config):
     """A network as training starts from it."""
-    return quick_jit(lambda: DiT(config, rngs=nnx.Rngs(0)))()
+    return jax.jit(lambda: DiT(config, rngs=nnx.Rngs(0)))()
 
 
 def largest(x):
@@ -69,7 +69,7 @@ def test_split_merge_state_and_nnx_jit_give_the_same_predictions():
     np.testing.assert_allclose(through.predictions[0], expected, atol=1e-5 * largest(expected))
     doubled = nnx.merge(graph, jax.tree.map(lambda leaf: 2 * leaf, state))
     assert largest(predict(doubled, frames, given) - expected) > 0.1
-    gradient = quick_jit(jax.grad(lambda model: jnp.sum(model((frames,), given, visibility=pattern()).predictions[0])))
+    gradient = jax.jit(jax.grad(lambda model: jnp.sum(model((frames,), given, visibility=pattern()).predictions[0])))
     assert jax.tree.structure(gradient(model)) == jax.tree.structure(model)
 
 
@@ -95,7 +95,7 @@ def test_dropped_text_is_text_of_zeros():
 
 def test_projected_text_equals_raw_text():
     model, given = network(FULL), conditions()
-    projected = quick_jit(lambda model, text: model.encode_conditioning(text))(model, given.text)
+    projected = jax.jit(lambda model, text: model.encode_conditioning(text))(model, given.text)
     assert projected.keys.shape == (FULL.layers, 2, 6, FULL.heads, FULL.head_dim)
     np.testing.assert_allclose(
         predict(model, stream(), replace(given, text=projected)), predict(model, stream(), given), atol=1e-5
@@ -205,7 +205,7 @@ def test_recomputing_blocks_changes_neither_predictions_nor_gradients():
             own = jax.tree.unflatten(jax.tree.structure(model), leaves)
             return jnp.sum(jnp.square(own((stream(),), given, visibility=pattern()).predictions[0]))
 
-        return quick_jit(jax.value_and_grad(loss))(jax.tree.leaves(model))
+        return jax.jit(jax.value_and_grad(loss))(jax.tree.leaves(model))
 
     (value, gradient), (again, recomputed) = run(False), run(True)
     assert float(value) == pytest.approx(float(again), rel=1e-6)
@@ -215,15 +215,15 @@ def test_recomputing_blocks_changes_neither_predictions_nor_gradients():
 
 def test_taps_are_features_after_their_blocks():
     model, given = network(), clip(frames=FRAMES)[1]
-    output = quick_jit(
-        lambda model: model((stream(),), given, visibility=Bidirectional(), taps=(0, CONFIG.layers - 1))
-    )(model)
+    output = jax.jit(lambda model: model((stream(),), given, visibility=Bidirectional(), taps=(0, CONFIG.layers - 1)))(
+        model
+    )
     first, last = output.taps
     assert first.shape == last.shape == (2, FRAMES, 4, CONFIG.width)
     single = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf[:1] if ".blocks" in jax.tree_util.keystr(path) else leaf, model
     )
-    again = quick_jit(lambda model: model((stream(),), given, visibility=Bidirectional(), taps=(0,)))(single)
+    again = jax.jit(lambda model: model((stream(),), given, visibility=Bidirectional(), taps=(0,)))(single)
     np.testing.assert_allclose(again.taps[0], first, atol=1e-5 * largest(first))
     assert largest(last - first) > 1e-2
 

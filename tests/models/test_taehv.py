@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tests.golden import taehv as golden
-from tests.networks import quick_jit
 from vidar.errors import CheckpointError, ConfigError
 from vidar.interop import tables
 from vidar.interop.sources import Stored
@@ -46,12 +45,12 @@ def loaded(config):
 @functools.cache
 def decoder():
     """The small network's `decode_chunk`, compiled once a size."""
-    return quick_jit(lambda state, part: loaded(SMALL).decode_chunk(state, part))
+    return jax.jit(lambda state, part: loaded(SMALL).decode_chunk(state, part))
 
 
 @functools.cache
 def before_rounding():
-    return quick_jit(lambda past, part: loaded(SMALL)._decode(past, part))
+    return jax.jit(lambda past, part: loaded(SMALL)._decode(past, part))
 
 
 def latents():
@@ -83,20 +82,20 @@ def levels(found, expected) -> int:
 def test_clips_become_what_torch_makes_of_them(arrays, size):
     model = loaded({"small": SMALL, "real": REAL}[size])
     pixels, given = jnp.asarray(golden.clip(size)), jnp.asarray(golden.latents(size))
-    encode, decode = quick_jit(lambda x: model.encode(x)), quick_jit(lambda x: model.decode_floats(x))
+    encode, decode = jax.jit(lambda x: model.encode(x)), jax.jit(lambda x: model.decode_floats(x))
     frames = arrays[f"{size}_decoded"]
     assert np.mean(np.abs(frames) < 1) > 0.7
     assert error(encode(pixels), arrays[f"{size}_encoded"]) <= 1e-5
     assert error(decode(given), frames) <= 1e-5
-    rounded = quick_jit(lambda x: model.decode(x))(given)
+    rounded = jax.jit(lambda x: model.decode(x))(given)
     assert rounded.dtype == jnp.uint8
     assert levels(rounded, np.round((frames + 1) * 127.5)) <= 1
 
 
 def test_bf16_stays_near(arrays):
     model = loaded(replace(SMALL, precision=Precision("float32", "bfloat16")))
-    encoded = quick_jit(lambda x: model.encode(x))(jnp.asarray(golden.clip("small")))
-    decoded = quick_jit(lambda x: model.decode_floats(x))(latents())
+    encoded = jax.jit(lambda x: model.encode(x))(jnp.asarray(golden.clip("small")))
+    decoded = jax.jit(lambda x: model.decode_floats(x))(latents())
     assert encoded.dtype == decoded.dtype == jnp.float32
     assert 1e-3 < distance(encoded, arrays["small_encoded"]) < 2e-2
     assert 1e-3 < distance(decoded, arrays["small_decoded"]) < 2e-2
@@ -105,7 +104,7 @@ def test_bf16_stays_near(arrays):
 def test_a_latent_knows_its_four_frames_and_those_before(arrays):
     """A clip's end is filled with its last frame; what comes after four frames changes nothing in their latent."""
     model, pixels = loaded(SMALL), jnp.asarray(golden.clip("small"))
-    encode = quick_jit(lambda x: model.encode(x))
+    encode = jax.jit(lambda x: model.encode(x))
     start = encode(pixels[:, :9])
     assert error(start[:, :2], arrays["small_encoded"][:, :2]) <= 1e-5
     assert error(start[:, 2], arrays["small_encoded"][:, 2]) > 1e-3
@@ -139,7 +138,7 @@ def test_a_stream_in_chunks_of_any_size_is_the_whole_clip(arrays, chunks):
 def test_sessions_at_different_ticks_share_an_executable():
     """Row 0 begins two chunks before row 1, which finds what another left in its place."""
     model, given = loaded(SMALL), latents()
-    alone = quick_jit(lambda z: model.decode(z))(given)
+    alone = jax.jit(lambda z: model.decode(z))(given)
     state = model.init_state(2, *SIZE)
     for tick in range(4):
         if tick == 2:

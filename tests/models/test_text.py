@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.networks import CONFIG, LATENT, TOKENS, network, pattern, quick_jit
+from tests.networks import CONFIG, LATENT, TOKENS, network, pattern
 from vidar.attention.visibility import chunk_layout
 from vidar.errors import ConfigError
 from vidar.models.dit import DiT, TextConfig
@@ -35,12 +35,12 @@ def encoder():
     return jax.tree.map(lambda leaf: jnp.asarray(0.6 * rng.normal(size=leaf.shape), leaf.dtype), template)
 
 
-@quick_jit
+@jax.jit
 def encode(network, tokens):
     return network(tokens)
 
 
-@quick_jit
+@jax.jit
 def condition(model, text, kept=None, negative=None):
     return model.encode_conditioning(text, kept, None, negative)
 
@@ -128,7 +128,7 @@ def test_every_parameter_of_the_encoder_gets_a_gradient_through_a_rollout(lag):
     sampler = Sampler(pattern(), LATENT, TOKENS, 2, lag=lag, guidance=classifier_free(2.0), cache_dtype="float32")
     given = Conditions(text=jnp.asarray(byte_tokens(PROMPTS[:1], 16)))
 
-    @quick_jit
+    @jax.jit
     def gradient(model):
         def loss(model):
             encoded = sampler.encode(model, given)

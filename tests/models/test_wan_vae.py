@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.networks import quick_jit
 from vidar.errors import ConfigError
 from vidar.models.codecs.wan_vae import MEAN, WanVAE, WanVAEConfig, to_uint8
 
@@ -34,7 +33,7 @@ def latents(frames=5, rows=2):
 
 def streamed(model, z, chunks):
     """Frames of a stream in chunks of the given sizes, before rounding, without those that do not exist."""
-    decode = quick_jit(lambda state, part, first: model._decode(state, part, first))
+    decode = jax.jit(lambda state, part, first: model._decode(state, part, first))
     state, parts, start = model.init_state(z.shape[0], *SIZE)["past"], [], 0
     for size in chunks:
         first = jnp.full((z.shape[0],), start == 0)
@@ -122,7 +121,7 @@ def encoded(model, pixels):
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 1, 1), (3, 2), (1, 4), (5,)])
 def test_a_stream_in_chunks_of_any_size_is_the_whole_clip(chunks):
     model, z = network(), latents()
-    whole = quick_jit(lambda z: decoded(model, z))(z)
+    whole = jax.jit(lambda z: decoded(model, z))(z)
     assert whole.shape == (2, 17, 32, 48, 3)
     assert float(jnp.std(whole)) > 0.05
     assert float(jnp.mean(jnp.abs(whole) < 1)) > 0.5
@@ -132,28 +131,28 @@ def test_a_stream_in_chunks_of_any_size_is_the_whole_clip(chunks):
 def test_whole_clips_are_decoded_and_encoded_frame_by_frame():
     model, z = network(), latents()
     np.testing.assert_allclose(
-        quick_jit(lambda z: model.decode_floats(z))(z), quick_jit(lambda z: decoded(model, z))(z), atol=1e-5
+        jax.jit(lambda z: model.decode_floats(z))(z), jax.jit(lambda z: decoded(model, z))(z), atol=1e-5
     )
     pixels = jnp.asarray(np.random.default_rng(2).integers(0, 256, (2, 13, 16, 24, 3), dtype=np.uint8))
-    whole = quick_jit(lambda x: encoded(model, x))(pixels)
+    whole = jax.jit(lambda x: encoded(model, x))(pixels)
     assert whole.shape == (2, 4, 2, 3, 4)
-    np.testing.assert_allclose(quick_jit(lambda x: model.encode(x))(pixels), whole, atol=1e-5)
-    one = quick_jit(lambda x: model.encode(x))(pixels[:, :1])
+    np.testing.assert_allclose(jax.jit(lambda x: model.encode(x))(pixels), whole, atol=1e-5)
+    one = jax.jit(lambda x: model.encode(x))(pixels[:, :1])
     np.testing.assert_allclose(one, whole[:, :1], atol=1e-5)
 
 
 def test_one_change_of_frame_rate():
     model, z = network(CONFIG), latents(4)
-    whole = quick_jit(lambda z: decoded(model, z))(z)
+    whole = jax.jit(lambda z: decoded(model, z))(z)
     assert whole.shape == (2, 7, 16, 24, 3)
-    np.testing.assert_allclose(quick_jit(lambda z: model.decode_floats(z))(z), whole, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda z: model.decode_floats(z))(z), whole, atol=1e-5)
 
 
 def test_sessions_at_different_ticks_share_an_executable():
     """Row 0 begins two chunks before row 1, which finds what others left in its place."""
     model, z = network(), latents(4)
-    decode = quick_jit(lambda state, part: model.decode_chunk(state, part))
-    alone = to_uint8(quick_jit(lambda z: model.decode_floats(z))(z))
+    decode = jax.jit(lambda state, part: model.decode_chunk(state, part))
+    alone = to_uint8(jax.jit(lambda z: model.decode_floats(z))(z))
     state = model.init_state(2, *SIZE)
     for tick in range(4):
         part = jnp.stack([z[0, tick], z[1, max(0, tick - 2)]])[:, None]
@@ -175,7 +174,7 @@ def test_bf16_stays_near_fp32():
     model, z = network(), latents(2)
     config = model.config
     rough = network(WanVAEConfig(**{**vars(config), "precision": type(config.precision)("float32", "bfloat16")}))
-    exact, found = (quick_jit(lambda z, model=model: model.decode_floats(z))(z) for model in (model, rough))
+    exact, found = (jax.jit(lambda z, model=model: model.decode_floats(z))(z) for model in (model, rough))
     assert 1e-5 < float(jnp.max(jnp.abs(exact - found))) < 0.1
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import quick_jit
 from vidar.attention.visibility import Bidirectional, ChunkCausal, KeyRange, TeacherForcing, Window
 from vidar.errors import ConfigError, DataError
 from vidar.models.frames import Frames
@@ -84,7 +83,7 @@ def test_an_objective_of_ones_own_is_named_by_its_import_path(visibility):
         return
     student = system.build("student", jax.random.key(0))
     objective = OnData(system)
-    run = quick_jit(lambda student, batch: objective.loss(
+    run = jax.jit(lambda student, batch: objective.loss(
         "student", {"student": student}, objective.init_aux(), system.axes, batch, jnp.int32(0), jax.random.key(1)
     ))  # fmt: skip
     loss, (_, aux) = run(student, jax.tree.map(jnp.asarray, pixels()))

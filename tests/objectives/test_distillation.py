@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import network, quick_jit
+from tests.networks import network
 from tests.objectives.parts import TEXT, axes, batch
 from vidar.attention.cache import init_cache, write
 from vidar.attention.visibility import Bidirectional, TeacherForcing, chunk_layout
@@ -50,7 +50,7 @@ def gradients(phase, given=1):
         value, (metrics, _) = objective.loss(phase, networks, (), AXES, data, jnp.int32(0), KEY)
         return value, metrics
 
-    return quick_jit(jax.value_and_grad(loss, has_aux=True))(NETWORKS)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(NETWORKS)
 
 
 def rollout(student, data, exit_row, forcing=OBJECTIVE.forcing, phase="student"):
@@ -97,7 +97,7 @@ def test_one_exit_row_for_all_clips_drawn_uniformly():
     data = batch()
     other = replace(data, index=data.index + 5)
 
-    @quick_jit
+    @jax.jit
     def rows(keys, data):
         def one(key):
             _, (metrics, _) = OBJECTIVE.loss("critic", NETWORKS, (), AXES, data, jnp.int32(0), key)
@@ -151,7 +151,7 @@ def test_gradient_is_that_of_the_exit_passes_alone(exit_row):
             cache = write(cache, output.keys, output.values)
         return total
 
-    (value, found), (expected_value, expected) = quick_jit(
+    (value, found), (expected_value, expected) = jax.jit(
         lambda student: (jax.value_and_grad(ours)(student), jax.value_and_grad(theirs)(student))
     )(student)
     assert float(value) == pytest.approx(float(expected_value), rel=1e-4)
@@ -175,8 +175,8 @@ def test_no_gradient_crosses_from_chunk_to_chunk(monkeypatch):
             video = rollout(NETWORKS["student"], data, jnp.int32(1), SelfForcing())
         return video.reshape(2, 2, -1)
 
-    still, moved = (quick_jit(run)(jnp.zeros((2, 2)).at[0, 0].set(shift)) for shift in (0.0, 0.5))
-    jacobian = quick_jit(jax.jacrev(lambda shift: jnp.sum(run(shift), axis=2)))(jnp.zeros((2, 2)))
+    still, moved = (jax.jit(run)(jnp.zeros((2, 2)).at[0, 0].set(shift)) for shift in (0.0, 0.5))
+    jacobian = jax.jit(jax.jacrev(lambda shift: jnp.sum(run(shift), axis=2)))(jnp.zeros((2, 2)))
     size = still.shape[2]
     np.testing.assert_array_equal(jacobian, size * np.einsum("ac,bd->abcd", np.eye(2), np.eye(2)))
     assert float(jnp.max(jnp.abs(moved[0, 1] - still[0, 1]))) > 1e-3
@@ -193,9 +193,9 @@ def test_no_gradient_reaches_given_frames_or_initial_noise(monkeypatch):
 
     zero = jnp.zeros(())
     gradient = jax.grad(lambda latents, noise: jnp.sum(video(latents, noise)), (0, 1))
-    for found in quick_jit(gradient)(data.latents, zero):
+    for found in jax.jit(gradient)(data.latents, zero):
         np.testing.assert_array_equal(found, 0)
-    forward = quick_jit(video)
+    forward = jax.jit(video)
     still = forward(data.latents, zero)
     for moved in (forward(data.latents.at[:, :2].add(1.0), zero), forward(data.latents, zero + 0.5)):
         assert float(jnp.max(jnp.abs(moved - still))) > 1e-3
@@ -225,7 +225,7 @@ def regression_gradient(objective, axis):
     def loss(student):
         return objective.loss("student", {"student": student}, (), axis, batch(), jnp.int32(0), KEY)[0]
 
-    return quick_jit(jax.grad(loss))(NETWORKS["student"])
+    return jax.jit(jax.grad(loss))(NETWORKS["student"])
 
 
 @pytest.mark.parametrize("name", ["student", "critic", "diffusion", "teacher forcing"])
@@ -273,7 +273,7 @@ def compared(phase):
     data = batch()
     exit_row = gradients(phase)[0][1]["exit_row"].astype(jnp.int32)
 
-    @quick_jit
+    @jax.jit
     def run(exit_row):
         keys = clip_keys(data, phase)
         video = rollout(NETWORKS["student"], data, exit_row, phase=phase)
@@ -309,7 +309,7 @@ def test_gradient_of_the_student_is_the_distribution_matching_direction_over_its
     assert float(metrics["dmd_gradient"]) == pytest.approx(np.sqrt(np.sum(direction**2) / count), rel=1e-3)
     cotangent = jnp.asarray(direction / count, jnp.float32)
     exit_row = metrics["exit_row"].astype(jnp.int32)
-    expected = quick_jit(
+    expected = jax.jit(
         lambda student: jax.vjp(lambda student: rollout(student, batch(), exit_row), student)[1](cotangent)[0]
     )(NETWORKS["student"])
     assert_trees_close(found["student"], expected, 1e-3)
@@ -329,7 +329,7 @@ def test_critic_loss_is_the_mean_squared_velocity_error_of_generated_frames():
 
 def test_given_chunks_are_the_data_and_the_rest_continues_them():
     data = batch()
-    run = quick_jit(lambda data: rollout(NETWORKS["student"], data, jnp.int32(2)))
+    run = jax.jit(lambda data: rollout(NETWORKS["student"], data, jnp.int32(2)))
     video = run(data)
     np.testing.assert_array_equal(video[:, :2], data.latents[:, :2])
     assert float(jnp.max(jnp.abs(video[:, 2:] - data.latents[:, 2:]))) > 0.1

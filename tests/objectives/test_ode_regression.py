@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.networks import CONFIG, LATENT, network, quick_jit
+from tests.networks import CONFIG, LATENT, network
 from tests.objectives.parts import TEXT, Answer, Watched, axes
 from vidar.attention.visibility import CLEAN, NOISY, TeacherForcing, chunk_layout
 from vidar.errors import ConfigError
@@ -33,7 +33,7 @@ def clips(rows: int = 3, frames: int = 4, seed: int = 1) -> Batch:
     return jax.tree.map(jnp.asarray, Batch(trajectory[:, -1], conditions, index, trajectory))
 
 
-@partial(quick_jit, static_argnums=(0, 1, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1, 3, 4))
 def observe(objective, axis, data, network_or_function, prediction="v", key=KEY):
     """The loss, its metrics, and what the network was given."""
     watched = Watched(network_or_function, prediction)
@@ -75,7 +75,7 @@ def test_loss_and_gradient_equal_numpy(context, prediction):
         loss, _ = objective.loss("student", {"student": watched}, (), axis, data, jnp.int32(0), KEY)
         return loss, watched.calls[0][0][-1]
 
-    (loss, stream), gradient = quick_jit(jax.value_and_grad(run, has_aux=True))((scale, offset), data)
+    (loss, stream), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))((scale, offset), data)
     index = states_of(stream, data.trajectory)
     level = TABLE[index][:, :, None, None, None]
     x, clean = np.asarray(stream.latents, np.float64), np.asarray(data.latents, np.float64)
@@ -157,7 +157,7 @@ def test_later_chunks_learn_from_noisy_ones_and_not_the_other_way():
         streams, conditions = watched.calls[0]
         return model(streams, conditions, visibility=axis.visibility).predictions[0]
 
-    run = quick_jit(predictions)
+    run = jax.jit(predictions)
     before = np.asarray(run(data))
     for chunk, changed in ((0, [True, True]), (1, [False, True])):
         other = data.trajectory.at[:, :, 2 * chunk : 2 * chunk + 2].add(0.5)
@@ -168,7 +168,7 @@ def test_later_chunks_learn_from_noisy_ones_and_not_the_other_way():
 def test_every_parameter_gets_a_gradient():
     model, data, axis = network(TEXT), clips(rows=6), axes(chunk=2, drop=0.5)
 
-    @quick_jit
+    @jax.jit
     def gradient(model):
         return jax.grad(
             lambda model: OdeRegression().loss("student", {"student": model}, (), axis, data, jnp.int32(0), KEY)[0]
@@ -235,7 +235,7 @@ def test_one_step_samples_become_the_data():
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, 200))
     assert divergence(student) > 1
 
-    @quick_jit
+    @jax.jit
     def step(student, state, number):
         key = jax.random.fold_in(KEY, number)
         trajectory = exact_trajectories(key, 32)

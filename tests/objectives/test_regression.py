@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import CONFIG, network, pattern, quick_jit
+from tests.networks import CONFIG, network, pattern
 from tests.objectives.parts import TEXT, Watched, axes, batch
 from vidar.attention.cache import init_cache, write
 from vidar.attention.visibility import CLEAN, NOISY, Bidirectional, TeacherForcing, Window, chunk_layout
@@ -26,7 +26,7 @@ def fake(latents, level):
 def observe(objective, axis, data, network_or_function=fake, prediction="v", key=KEY):
     """The loss, its metrics, and what the network was given."""
 
-    @quick_jit
+    @jax.jit
     def run(data, key):
         watched = Watched(network_or_function, prediction)
         loss, (metrics, _) = objective.loss("student", {"student": watched}, (), axis, data, jnp.int32(0), key)
@@ -167,7 +167,7 @@ def test_teacher_forcing_equals_each_noisy_chunk_alone_after_the_clean_past(name
         axis.sampler.geometry, layers=TEXT.layers, rows=2, heads=TEXT.heads, head_dim=TEXT.head_dim, dtype=jnp.float32
     )
 
-    @quick_jit
+    @jax.jit
     def forward(latents, level, start, conditions, cache):
         layout = chunk_layout(latents.shape[1], latents.shape[1])
         stream = Frames(latents, level, layout, start=jnp.full((2,), start))
@@ -226,7 +226,7 @@ def test_bidirectional_diffusion_lets_the_first_frame_see_the_last():
 
         return jax.grad(loss)(data.latents)[:, change]
 
-    both = quick_jit(lambda: (error(Bidirectional(), 3), error(pattern(), 3)))()
+    both = jax.jit(lambda: (error(Bidirectional(), 3), error(pattern(), 3)))()
     assert float(jnp.max(jnp.abs(both[0]))) > 1e-3
     assert float(jnp.max(jnp.abs(both[1]))) == 0
     assert CONFIG.layers == 3

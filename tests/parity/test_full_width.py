@@ -14,7 +14,6 @@ import pytest
 
 from tests.golden import wan as golden
 from tests.interop.test_sources import stored
-from tests.networks import quick_jit
 from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.interop import networks
 from vidar.models.frames import Conditions, Frames
@@ -163,7 +162,7 @@ def test_the_vae_encodes(vae, clip):
             found = model.encode(torch.from_numpy(clip).permute(0, 4, 1, 2, 3).to(model.dtype)).latent_dist.mode()
         return (found.permute(0, 2, 3, 4, 1).float().numpy() - mean) / deviation
 
-    run = quick_jit(lambda network, given: network.encode_floats(given))
+    run = jax.jit(lambda network, given: network.encode_floats(given))
     compare("encode", vae, theirs, lambda network: run(network, jnp.asarray(clip)))
 
 
@@ -180,15 +179,15 @@ def test_the_vae_decodes(vae):
         with torch.no_grad():
             return model.decode(scaled).sample.permute(0, 2, 3, 4, 1).float().numpy()
 
-    run = quick_jit(lambda network, given: network.decode_floats(given))
+    run = jax.jit(lambda network, given: network.decode_floats(given))
     compare("decode", vae, theirs, lambda network: run(network, jnp.asarray(LATENTS)))
 
 
 def test_the_vae_decodes_a_stream_as_it_does_a_clip(vae):
     network = loaded(vae, FP32)
     latents = jnp.asarray(LATENTS)
-    whole = np.asarray(quick_jit(lambda network: network.decode_floats(latents))(network))
-    decode = quick_jit(lambda network, *arguments: network._decode(*arguments))
+    whole = np.asarray(jax.jit(lambda network: network.decode_floats(latents))(network))
+    decode = jax.jit(lambda network, *arguments: network._decode(*arguments))
     state = network.init_state(1, *LATENTS.shape[2:4])["past"]
     state, begun = decode(network, state, latents[:, :2], jnp.asarray([True]))
     _, rest = decode(network, state, latents[:, 2:], jnp.asarray([False]))

@@ -3,13 +3,13 @@
 import json
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.golden import taehv as golden
 from tests.models.test_taehv import REAL, SMALL, distance, error, stored
-from tests.networks import quick_jit
 from vidar.interop import tables
 from vidar.interop.taehv import taehv_config, taehv_table, taehv_template
 from vidar.models.layers import Precision
@@ -46,13 +46,13 @@ def test_other_clips_become_what_torch_makes_of_them(size, sizes, compute, toler
     model = tables.load(tensors, taehv_template(config), taehv_table(config), "original")
     pixels, given = golden.clip(size)[:, ::-1, ::-1], 0.5 * golden.latents(size)[:, ::-1]
     latents, frames = golden.encoded(reference, pixels), golden.decoded(reference, given)
-    found = quick_jit(lambda x: model.encode(x))(jnp.asarray(pixels))
+    found = jax.jit(lambda x: model.encode(x))(jnp.asarray(pixels))
     # Of bf16 the norm: single values err by what rounding makes of 35 random layers, in torch as much as here.
     measure = error if compute == "float32" else distance
     assert measure(found, latents) <= tolerance
     given = jnp.asarray(given)
-    assert measure(quick_jit(lambda z: model.decode_floats(z))(given), frames) <= tolerance
-    decode = quick_jit(lambda state, part: model.decode_chunk(state, part))
+    assert measure(jax.jit(lambda z: model.decode_floats(z))(given), frames) <= tolerance
+    decode = jax.jit(lambda state, part: model.decode_chunk(state, part))
     state, parts = model.init_state(given.shape[0], *given.shape[2:4]), []
     for number in range(given.shape[1]):
         state, part, valid = decode(state, given[:, number : number + 1])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import CONFIG, LATENT, network, pattern, quick_jit, sampler
+from tests.networks import CONFIG, LATENT, network, pattern, sampler
 from vidar.attention.visibility import Bidirectional
 from vidar.data.pipeline import DataConfig, make_dataset, open_source
 from vidar.data.records import ActionSpec
@@ -84,9 +84,9 @@ def test_trajectories_end_where_the_sampler_ends(name):
     teacher = teacher_sampler(plan, 6, 3.0)
     key_b, conditions, model = session_keys(3, 2), actions(2, plan.frames), network()
     latents = jax.random.normal(jax.random.key(8), (2, given, *LATENT)) if given else None
-    states = quick_jit(partial(integrate, teacher, (0, 2, 6)))(model, key_b, conditions, latents)
+    states = jax.jit(partial(integrate, teacher, (0, 2, 6)))(model, key_b, conditions, latents)
     assert states.shape == (2, 3, plan.frames, *LATENT)
-    generate = quick_jit(lambda model, given: teacher.generate(model, key_b, conditions, plan.frames, given))
+    generate = jax.jit(lambda model, given: teacher.generate(model, key_b, conditions, plan.frames, given))
     np.testing.assert_allclose(states[:, -1], generate(model, latents), atol=2e-5)
 
 
@@ -94,10 +94,10 @@ def test_chunk_by_chunk_equals_one_pass_after_the_teachers_own_clean_past():
     """Every kept state of each chunk, against clips in which the chunks before it are given clean."""
     plan, model, key_b, conditions = sampler(frames=6, chunk=2), network(), session_keys(3, 2), actions(2, 6)
     teacher, kept = teacher_sampler(plan, 6, 3.0), (0, 2, 3, 6)
-    found = quick_jit(partial(integrate, teacher, kept))(model, key_b, conditions)
+    found = jax.jit(partial(integrate, teacher, kept))(model, key_b, conditions)
     assert np.std(found[:, 0]) == pytest.approx(1, abs=0.1)
     whole = dataclasses.replace(teacher, lag=0, visibility=pattern())
-    one_pass = quick_jit(partial(integrate, whole, kept))
+    one_pass = jax.jit(partial(integrate, whole, kept))
     for start in (0, 2, 4):
         alone = one_pass(model, key_b, conditions, found[:, -1, :start] if start else None)
         np.testing.assert_allclose(found[:, :, start : start + 2], alone[:, :, start : start + 2], atol=2e-5)

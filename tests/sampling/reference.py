@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.networks import quick_jit
 from vidar.attention.visibility import chunk_layout
 from vidar.diffusion import flow
 from vidar.diffusion.plan import staircase
@@ -64,10 +63,10 @@ def _noise(key_b, purpose, step_f, latent):
     return frame_noise(key_b, purpose, frame_bf, step_f, latent)
 
 
-_initial = quick_jit(_noise, static_argnums=(1, 3))
+_initial = jax.jit(_noise, static_argnums=(1, 3))
 
 
-@partial(quick_jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def _iteration(axes, model, key_b, conditions, x, previous, history, before_f, after_f, committed):
     visibility, layout, solver, guidance = axes
     level, time, noised, last_step = committed

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import CONFIG, clip, network, quick_jit, sampler
+from tests.networks import CONFIG, clip, network, sampler
 from tests.sampling import reference
 from tests.sampling.reference import keys
 from vidar.attention.cache import init_cache, write
@@ -40,7 +40,7 @@ def pictures() -> Conditions:
 
 
 def generate(plan, model, conditions):
-    return quick_jit(partial(plan.generate, frames=plan.frames))(model, keys(0, 1), conditions)
+    return jax.jit(partial(plan.generate, frames=plan.frames))(model, keys(0, 1), conditions)
 
 
 def test_classifier_free_guidance_is_a_sum_of_two_branches():
@@ -129,7 +129,7 @@ def test_scale_one_is_no_guidance_and_the_cache_holds_all_branches():
     plain = generate(replace(plan, guidance=UNGUIDED), model, conditions)
     np.testing.assert_allclose(generate(plan, model, conditions), plain, atol=1e-6 * float(jnp.max(jnp.abs(plain))))
     state = plan.init(model, keys(0, 1), actions=conditions.actions)
-    state, _ = quick_jit(plan.tick)(model, state, conditions.frames(0, 1))
+    state, _ = jax.jit(plan.tick)(model, state, conditions.frames(0, 1))
     kept, dropped = jnp.split(state.cache.keys[:, :, : plan.tokens], 2, axis=1)
     assert state.cache.count.tolist() == [1, 1, 1, 1]
     assert float(jnp.max(jnp.abs(kept - dropped))) > 1e-2
@@ -147,14 +147,14 @@ def test_commits_drop_conditions_tag_the_time_and_add_noise(drops):
     )
     zero, chunks = jnp.zeros((1,), jnp.int32), []
 
-    @quick_jit
+    @jax.jit
     def forward(x, level, time, start, conditions, cache):
         told = [jnp.full((2, 1), value, jnp.float32) for value in (level, time)]
         frames = Frames(x, told[0], chunk_layout(1, 1), told[1], jnp.full((2,), start))
         output = model((frames,), conditions, visibility=plan.visibility, cache=cache)
         return output.predictions[0], write(cache, output.keys, output.values)
 
-    draw = quick_jit(frame_noise, static_argnums=(1, 4))
+    draw = jax.jit(frame_noise, static_argnums=(1, 4))
     for frame in range(3):
         own, index = conditions.frames(frame, frame + 1), jnp.full((2, 1), frame, jnp.int32)
         noise, context = (draw(keys(0, 1), use, index, zero, plan.latent) for use in (Purpose.INITIAL, Purpose.CONTEXT))

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from tests.diffusion import gaussian
-from tests.networks import quick_jit
 from tests.sampling.reference import keys
 from vidar.attention.cache import slot_tokens
 from vidar.attention.visibility import Bidirectional, ChunkCausal
@@ -87,7 +86,7 @@ def divergence(monkeypatch, steps: int, lag: int | None, causal: bool = True, co
         commit=Commit(commit),
         cache_dtype="float32",
     )
-    generate = quick_jit(partial(plan.generate, Oracle(), frames=FRAMES))
+    generate = jax.jit(partial(plan.generate, Oracle(), frames=FRAMES))
     video = generate(keys(*range(FRAMES)), Conditions())
     return gaussian.divergence(np.asarray(video[:, :, 0, 0, 0]).T)
 

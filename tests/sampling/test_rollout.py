@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import CONFIG, LATENT, clip, network, pattern, quick_jit, sampler
+from tests.networks import CONFIG, LATENT, clip, network, pattern, sampler
 from tests.sampling import reference
 from tests.sampling.reference import keys
 from vidar.attention.visibility import Bidirectional, chunk_layout
@@ -78,7 +78,7 @@ def video(name):
     plan = plan_of(fields)
     latents, conditions = clip(frames=plan.frames)
     given = latents[:, :count] if count else None
-    ours = quick_jit(partial(plan.generate, frames=plan.frames))(network(), keys(0, 1), conditions, given=given)
+    ours = jax.jit(partial(plan.generate, frames=plan.frames))(network(), keys(0, 1), conditions, given=given)
     return ours, (plan, network(), keys(0, 1), conditions, plan.frames, given)
 
 
@@ -120,7 +120,7 @@ PIPELINE = plan_of(dict(window=4, sink=1, lag=1, commit="fused"))
 @functools.cache
 def tick(plan):
     """One compiled tick of the network."""
-    return quick_jit(lambda state, actions: plan.tick(network(), state, Conditions(actions=actions)))
+    return jax.jit(lambda state, actions: plan.tick(network(), state, Conditions(actions=actions)))
 
 
 def ticks(plan, state, actions, activity):
@@ -170,13 +170,13 @@ def test_a_session_joins_while_others_run():
     actions = jnp.zeros((2, 1), jnp.int32)
     running = ticks(plan, plan.init(network(), keys(0, 1), actions=actions), actions, [(True, False)] * 2)[-1][0]
     state = replace(running, active=jnp.asarray([False, True]))
-    joined = quick_jit(plan.prefill)(network(), state, latents, conditions)
+    joined = jax.jit(plan.prefill)(network(), state, latents, conditions)
     for old, new in zip(jax.tree.leaves(_row(running, 0)), jax.tree.leaves(_row(joined, 0)), strict=True):
         np.testing.assert_array_equal(old, new)
     assert joined.next_frame.tolist() == joined.cache.count.tolist() == [2, 2]
     assert joined.origin.tolist() == [0, 2]
     fresh = plan.init(network(), keys(0, 1), actions=actions)
-    alone = quick_jit(plan.prefill)(network(), fresh, latents, conditions)
+    alone = jax.jit(plan.prefill)(network(), fresh, latents, conditions)
     ours, theirs = (ticks(plan, state, actions, [(True, True)])[0][1] for state in (joined, alone))
     np.testing.assert_array_equal(ours.latents[1], theirs.latents[1])
 
@@ -194,7 +194,7 @@ def test_ramp_up_and_the_end_of_a_clip_are_marked():
 
 def test_the_same_video_in_every_slot_bit_for_bit():
     plan = plan_of(dict(window=3, sink=1, frames=5))
-    generate = quick_jit(partial(plan.generate, network(), frames=5))
+    generate = jax.jit(partial(plan.generate, network(), frames=5))
     conditions = Conditions(actions=jnp.full((3, 5), 2, jnp.int32))
     same = np.asarray(generate(keys(7, 7, 7), conditions))
     mixed = np.asarray(generate(keys(8, 7, 3), conditions))
@@ -207,7 +207,7 @@ def test_the_same_video_in_every_slot_bit_for_bit():
 
 
 def test_noise_depends_on_session_purpose_frame_and_step_alone():
-    noise = quick_jit(frame_noise, static_argnums=(1, 4))
+    noise = jax.jit(frame_noise, static_argnums=(1, 4))
 
     def draw(seed=0, purpose=Purpose.INITIAL, frame=4, step=1):
         frame_bf = jnp.full((1, 1), frame, jnp.int32)
@@ -234,7 +234,7 @@ def test_rows_in_step_equal_rows_with_counts_of_their_own_and_the_exit_form_equa
     _, conditions = clip()
     exit_rows = jnp.full((chunks,), plan.solver.steps - 1, jnp.int32)
 
-    @partial(quick_jit, static_argnums=0)
+    @partial(jax.jit, static_argnums=0)
     def rollout(in_step, exit_rows):
         state = plan.init(model, keys(0, 1), actions=conditions.actions, in_step=in_step)
         return plan.rollout(model, state, conditions, chunks, exit_rows=exit_rows)
@@ -256,14 +256,14 @@ def test_an_early_exit_emits_the_clean_prediction_of_that_step():
     actions = jnp.zeros((1, 1), jnp.int32)
     state = plan.init(network(), keys(0), actions=actions, in_step=True)
     conditions = Conditions(actions=actions)
-    _, chunk = quick_jit(partial(plan.tick, network()))(state, conditions, exit_row=jnp.int32(1))
+    _, chunk = jax.jit(partial(plan.tick, network()))(state, conditions, exit_row=jnp.int32(1))
     level, frame, first = plan.solver.levels, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
 
     def clean(x, level):
         stream = Frames(x, jnp.full((1, 1), level, jnp.float32), chunk_layout(1, 1))
         return x - jnp.float32(level) * network()((stream,), conditions, visibility=pattern()).predictions[0]
 
-    @quick_jit
+    @jax.jit
     def expected():
         x = frame_noise(keys(0), Purpose.INITIAL, frame, first, LATENT)
         renoise = frame_noise(keys(0), Purpose.RENOISE, frame, first + 1, LATENT)
@@ -285,7 +285,7 @@ def test_relative_positions_equal_a_stream_whose_frames_are_counted_anew():
     model, plan = network(), plan_of(dict(window=4, sink=1, positions="relative"))
     latents, conditions = clip(rows=1, frames=8)
     state = plan.init(model, keys(0), actions=conditions.actions[:, :1])
-    cache = quick_jit(plan.prefill)(model, state, latents[:, :7], conditions.frames(0, 7)).cache
+    cache = jax.jit(plan.prefill)(model, state, latents[:, :7], conditions.frames(0, 7)).cache
     evicted = int(cache.count[0] - cache.filled[0])
     assert evicted == 4
     split = CONFIG.rope.axes(CONFIG.head_dim)[0] // 2
@@ -303,7 +303,7 @@ def test_relative_positions_equal_a_stream_whose_frames_are_counted_anew():
         geometry=replace(cache.geometry, relative=False),
     )
 
-    @quick_jit
+    @jax.jit
     def predict(cache, start):
         stream = Frames(latents[:, 7:], jnp.full((1, 1), 0.5), chunk_layout(1, 1), start=jnp.full((1,), start))
         return model((stream,), conditions.frames(7, 8), visibility=plan.visibility, cache=cache).predictions[0]
@@ -351,12 +351,12 @@ def test_a_single_first_frame_and_a_context_of_it_alone():
     """Behind a first frame of its own, a window of one more chunk holds nothing but that frame."""
     plan = sampler(chunk=3, window=4, sink=1, first=True, frames=7)
     conditions = clip(frames=7)[1]
-    alone = quick_jit(lambda: plan.generate(network(), keys(0, 1), conditions, 1))()
-    whole = quick_jit(lambda: plan.generate(network(), keys(0, 1), conditions, 7))()
+    alone = jax.jit(lambda: plan.generate(network(), keys(0, 1), conditions, 1))()
+    whole = jax.jit(lambda: plan.generate(network(), keys(0, 1), conditions, 7))()
     assert alone.shape == (2, 1, *LATENT)
     np.testing.assert_allclose(whole[:, :1], alone, atol=1e-5)
     assert bool(jnp.isfinite(whole).all())
-    given = quick_jit(lambda: plan.generate(network(), keys(0, 1), conditions, 7, alone))()
+    given = jax.jit(lambda: plan.generate(network(), keys(0, 1), conditions, 7, alone))()
     np.testing.assert_allclose(given, whole, atol=1e-4)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import LATENT, clip, network, quick_jit, sampler
+from tests.networks import LATENT, clip, network, sampler
 from tests.sampling.reference import keys
 from vidar.attention.visibility import Bidirectional
 from vidar.errors import ConfigError
@@ -19,7 +19,7 @@ MODEL = network()
 
 def made(plan, skip=None, video=VIDEO, frames=6):
     source = None if skip is None else Source(video, skip)
-    return quick_jit(lambda model: plan.generate(model, keys(0, 1), CONDITIONS, frames, source=source))(MODEL)
+    return jax.jit(lambda model: plan.generate(model, keys(0, 1), CONDITIONS, frames, source=source))(MODEL)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_first_frame_of_its_own_has_a_source_too():
     video, conditions = clip(frames=7, seed=4)
 
     def run(video):
-        return quick_jit(lambda: plan.generate(MODEL, keys(0, 1), conditions, 7, source=Source(video, 2)))()
+        return jax.jit(lambda: plan.generate(MODEL, keys(0, 1), conditions, 7, source=Source(video, 2)))()
 
     moved = np.abs(np.asarray(run(video.at[:, 0].add(1.0)) - run(video))).max(axis=(0, 2, 3, 4))
     assert (moved > 1e-4).all()

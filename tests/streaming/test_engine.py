@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import CONFIG, network, quick_jit, sampler
+from tests.networks import CONFIG, network, sampler
 from vidar.attention.visibility import ChunkCausal, Window
 from vidar.devices import host_resident_memory
 from vidar.errors import ConfigError
@@ -165,7 +165,7 @@ def test_a_stream_equals_the_generated_clip(name):
     shown = engine.open(seed=5, given=first, actions=before if given else None)
     stream = streamed(engine, track)
     actions = jnp.concatenate([jnp.asarray(before), *jnp.asarray(track[:ticks])], axis=1)
-    clip = quick_jit(lambda key_b, actions, latents: chosen.generate(
+    clip = jax.jit(lambda key_b, actions, latents: chosen.generate(
         network(), key_b, Conditions(actions=actions), chosen.frames, latents
     ))(session_keys(5, 2), actions, Floats().encode(jnp.asarray(first)) if given else None)  # fmt: skip
     if given:
@@ -260,7 +260,7 @@ def test_classes_of_sessions_are_those_of_clips_and_stay_with_snapshots():
     beginning, snapshot = streamed(engine, track[:2]), engine.snapshot()
     stream = np.concatenate([beginning, streamed(engine, track[2:])], axis=1)
     actions = jnp.concatenate([jnp.zeros((2, 1), jnp.int32), *jnp.asarray(track)], axis=1)
-    clip = quick_jit(lambda key_b, conditions, latents: chosen.generate(model, key_b, conditions, 5, latents))(
+    clip = jax.jit(lambda key_b, conditions, latents: chosen.generate(model, key_b, conditions, 5, latents))(
         session_keys(5, 2),
         Conditions(actions=actions, label=jnp.asarray(label)),
         Floats().encode(jnp.asarray(pixels())),

@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,14 +37,6 @@ TEACHER = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """Compiles faster: these steps run once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def built(**changes):
     return system_config(TEACHER | changes, RunConfig)
 
@@ -76,6 +67,13 @@ def distilled(sources, objective=(), **changes):
     return built(**(fields | changes))
 
 
+@pytest.fixture(scope="module")
+def plain(sources, tmp_path_factory):
+    """A distillation in which no role has a choice of its own: its directory, and its last state."""
+    workdir = tmp_path_factory.mktemp("plain")
+    return workdir, train(make_run(distilled(sources)), workdir)
+
+
 def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -85,11 +83,11 @@ def predict(model):
     return model((stream,), Conditions(actions=jnp.ones((1, 4), jnp.int32)), visibility=Bidirectional()).predictions[0]
 
 
-def test_a_student_smaller_than_its_teacher(sources, tmp_path):
-    state = train(make_run(distilled(sources)), tmp_path)
+def test_a_student_smaller_than_its_teacher(plain):
+    workdir, state = plain
     assert state.networks["student"].config.width == 8
     assert state.networks["critic"].config.width == 16
-    row = rows(tmp_path)[-1]
+    row = rows(workdir)[-1]
     assert {"student/contrast", "student/colour_shift", "student/dmd_gradient", "critic/loss"} <= set(row)
     assert any(name.startswith("student/disagreement_level/") for name in row)
     assert row["health/critic_to_student"] == pytest.approx(row["critic/loss"] / row["student/loss"])
@@ -103,9 +101,11 @@ def test_a_critic_of_its_own_shape_needs_weights_of_its_own(sources):
         make_run(distilled(sources, critic=critic))
 
 
-def test_adapters_are_trained_beside_a_frozen_network_and_loaded_merged(sources, tmp_path):
+def test_adapters_are_trained_beside_frozen_networks_and_loaded_merged(sources, tmp_path):
+    """The frozen ones have a storage type and a place of their own."""
     lora = {"rank": 2, "targets": ("query", "value")}
-    config = distilled(sources, roles={"student": {"lora": lora}, "critic": {"lora": lora, "dtype": "bfloat16"}})
+    roles = {"student": {"lora": lora}, "critic": {"lora": lora, "dtype": "bfloat16"}}
+    config = distilled(sources, roles=roles | {"teacher": {"dtype": "bfloat16", "rules": {"embed": None}}})
     run = make_run(config)
     assert run.frozen["student"].config.width == 8
     state = train(run, tmp_path)
@@ -128,51 +128,41 @@ def test_adapters_are_trained_beside_a_frozen_network_and_loaded_merged(sources,
 
 def test_discriminator_heads_are_warmed_up_alone(sources, tmp_path):
     matching = {"kind": "gan", "warmup": 2, "heads": {"taps": (0, 1), "mlp": 1}, "penalty_real": 0.1}
-    config = distilled(sources, {"matching": matching})
-    start = make_run(config).initial["critic"]
-    training = {"steps": 2, "log_every": 1, "tensorboard": False}
-    state = train(make_run(replace(config, training=replace(config.training, **training))), tmp_path)
-    critic, first = by_path(state.networks["critic"]), by_path(start)
-    moved = {path for path, leaf in critic.items() if np.any(np.asarray(leaf) != np.asarray(first[path]))}
-    assert moved
-    assert not any(path.startswith(".network.") for path in moved)
-    assert int(state.updates["heads"]) == 2
-    longer = replace(config, training=replace(config.training, steps=4))
-    state = train(make_run(longer), tmp_path / "longer")
+    training = {"steps": 4, "log_every": 1, "tensorboard": False}
+    run = make_run(distilled(sources, {"matching": matching}, training=training))
+    first, moved = by_path(run.initial["critic"]), []
+
+    def evaluate(step, networks, writer):
+        critic = by_path(networks["critic"])
+        moved.append({path for path, leaf in critic.items() if np.any(np.asarray(leaf) != np.asarray(first[path]))})
+        return {}
+
+    state = train(replace(run, training=replace(run.training, eval_every=2), evaluate=evaluate), tmp_path)
     assert {name: int(count) for name, count in state.updates.items()} == {"heads": 2, "student": 2, "critic": 2}
-    critic = by_path(state.networks["critic"])
-    assert any(
-        np.any(np.asarray(leaf) != np.asarray(first[path])) for path, leaf in critic.items() if ".network." in path
-    )
+    warmed, trained = moved
+    assert warmed
+    assert not any(path.startswith(".network.") for path in warmed)
+    assert any(path.startswith(".network.") for path in trained)
 
 
-def test_an_average_may_wait_in_host_memory(sources, tmp_path):
-    kinds = set()
-    averages = {}
-    for memory in ("device", "host"):
-        config = distilled(sources, roles={"student": {"ema_memory": memory}})
-        state = train(make_run(config), tmp_path / memory)
-        averages[memory] = {path: np.asarray(leaf) for path, leaf in by_path(state.ema["student"]).items()}
-        kinds.add(jax.tree.leaves(state.ema)[0].sharding.memory_kind)
-    assert len(kinds) == 2
-    assert "pinned_host" in kinds
-    for path, leaf in averages["device"].items():
-        np.testing.assert_array_equal(averages["host"][path], leaf, err_msg=path)
+def test_an_average_may_wait_in_host_memory(plain, sources, tmp_path):
+    state = train(make_run(distilled(sources, roles={"student": {"ema_memory": "host"}})), tmp_path)
+    (_, kept), waiting = plain, by_path(state.ema["student"])
+    assert {leaf.sharding.memory_kind for leaf in waiting.values()} == {"pinned_host"}
+    for path, leaf in by_path(kept.ema["student"]).items():
+        assert leaf.sharding.memory_kind != "pinned_host"
+        np.testing.assert_array_equal(waiting[path], leaf, err_msg=path)
 
 
-def test_frozen_networks_are_stored_in_their_type(sources, tmp_path):
-    teacher = {"dtype": "bfloat16", "rules": {"embed": None}}
-    state = train(make_run(distilled(sources, roles={"teacher": teacher})), tmp_path)
-    assert np.isfinite(float(jax.tree.leaves(state.networks)[0].sum()))
+def test_a_storage_type_is_one_of_those_known(sources):
     with pytest.raises(ConfigError, match=r"roles.teacher: dtype='int8' must be one of float32"):
         distilled(sources, roles={"teacher": {"dtype": "int8"}})
 
 
 @pytest.mark.parametrize(
     "forcing, matching, visibility",
-    [("diffusion", "dmd", "chunk_causal"), ("teacher", "dmd", "teacher_forcing"), ("self", "sid", "chunk_causal"),
-     ("diffusion", "gan", "chunk_causal")],
-)  # fmt: skip
+    [("teacher", "dmd", "teacher_forcing"), ("self", "sid", "chunk_causal"), ("diffusion", "gan", "chunk_causal")],
+)
 def test_combinations_train(sources, tmp_path, forcing, matching, visibility):
     objective = {"forcing": {"kind": forcing}, "matching": {"kind": matching}}
     config = distilled(sources, objective, visibility={"kind": visibility})
