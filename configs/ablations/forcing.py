@@ -119,7 +119,7 @@ def get_config() -> ConfigDict:
     config.budget = {"unit": "updates", "amount": 150}
     config.evaluation = {
         "kind": "world",
-        "clips": 32,
+        "clips": 128,
         "frames": 128,
         "given": 2,
         "spans": {"trained": (2, 8), "past": (8, 32), "far": (32, 128)},
