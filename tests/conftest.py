@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what tests do, here and in their subprocesses: with less effort, it takes a third less.
+# Compiling is most of what tests do, here and in their subprocesses: with less effort, they take a quarter less.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import fcntl
