@@ -109,6 +109,7 @@ def test_adapters_are_trained_beside_frozen_networks_and_loaded_merged(sources, 
     run = make_run(config)
     assert run.frozen["student"].config.width == 8
     state = train(run, tmp_path)
+    assert int(state.skipped) == 0
     trained = state.networks["student"]
     assert {leaf.shape[-1] if "lora_in" in path else leaf.shape[-2] for path, leaf in trained.items()} == {2}
     assert max(float(jnp.abs(leaf).max()) for path, leaf in trained.items() if "lora_out" in path) > 0
@@ -161,8 +162,9 @@ def test_a_storage_type_is_one_of_those_known(sources):
 
 @pytest.mark.parametrize(
     "forcing, matching, visibility",
-    [("teacher", "dmd", "teacher_forcing"), ("self", "sid", "chunk_causal"), ("diffusion", "gan", "chunk_causal")],
-)
+    [("diffusion", "dmd", "chunk_causal"), ("teacher", "dmd", "teacher_forcing"), ("self", "sid", "chunk_causal"),
+     ("diffusion", "gan", "chunk_causal")],
+)  # fmt: skip
 def test_combinations_train(sources, tmp_path, forcing, matching, visibility):
     objective = {"forcing": {"kind": forcing}, "matching": {"kind": matching}}
     config = distilled(sources, objective, visibility={"kind": visibility})

@@ -1,6 +1,5 @@
 """From an experiment card to a run. This is the only room where the driver meets video; it knows no command lines."""
 
-from vidar.training.experiment.config import EvaluationConfig as EvaluationConfig
 from vidar.training.experiment.config import RunConfig as RunConfig
 from vidar.training.experiment.config import load_run_config as load_run_config
 from vidar.training.experiment.run import abstract_run as abstract_run
