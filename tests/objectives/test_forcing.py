@@ -127,7 +127,7 @@ def test_gradient_against_a_plain_loop(exits, gradient):
         np.testing.assert_allclose(left, right, atol=2e-4 * scale, err_msg=jax.tree_util.keystr(path))
 
 
-def test_offloading_changes_nothing():
+def test_offloading_moves_contexts_to_the_host_and_changes_nothing():
     data = batch(frames=6)
 
     def gradient(offload):
@@ -135,10 +135,14 @@ def test_offloading_changes_nothing():
             forcing = SelfForcing(gradient=Gradient(passes=2, offload=offload))
             return jnp.sum(rolled(forcing, (2, 2, 2), data=data, model=model))
 
-        return jax.tree.leaves(jax.jit(jax.grad(loss))(MODEL))
+        traced = jax.jit(jax.grad(loss)).trace(MODEL)
+        return str(traced.jaxpr).lower(), jax.tree.leaves(traced.lower().compile()(MODEL))
 
-    for kept, waited in zip(gradient(False), gradient(True), strict=True):
-        np.testing.assert_allclose(waited, kept, rtol=1e-4, atol=1e-5 * float(jnp.abs(kept).max()))
+    (plain, kept), (moving, waited) = gradient(False), gradient(True)
+    assert "host" in moving
+    assert "host" not in plain
+    for one, other in zip(kept, waited, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5 * float(jnp.abs(one).max()))
 
 
 # ------------------------------------------------------------------------------------------- long rollouts, first chunk
