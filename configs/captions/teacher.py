@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.plan = {"lag": 0}
     config.guidance = ({"coefficient": 3.0}, {"coefficient": -2.0, "drops": ("text",)})
     config.drop = 0.1
+    config.evaluation = {"given": 0}  # everything comes from the text
     config.data = {"tfds": "vidar_world/captioned", "directory": "data/world", "frames": 8, "batch": 24}
     config.optimizers = {
         "student": {
