@@ -76,6 +76,7 @@ def test_the_self_forcing_card_gets_its_updates():
     changes = {
         "base": card | {"overrides": card["overrides"] | {"objective": {"student": "stage:a", "teacher": "stage:a"}}},
         "stages": {"a": {"card": "configs/world/teacher_forcing.py"}},
+        "world": {"clips": 16, "frames": 8},
         "factors": {"every": {"five": {"overrides": {"objective": {"generator_every": 5}}}, "two": {}}},
         "budget": {"unit": "updates", "amount": 120},
         "contrast": CONTRAST | {"better": ("five",), "worse": ("two",)},
@@ -169,6 +170,9 @@ SMALL = values()
         ({"contrast": CONTRAST | {"metric": "beauty"}}, "contrast.metric='beauty'"),
         ({"contrast": CONTRAST | {"span": "tail"}}, "contrast.span='tail'"),
         ({"contrast": CONTRAST}, "contrast: no cell 'one-"),
+        ({"contrast": CONTRAST | {"better": ("teacher",), "worse": ("teacher",)}}, "cannot beat itself"),
+        ({"world": SMALL["world"] | {"frames": 3}}, "start: data.frames=4, but world.frames=3"),
+        ({"world": SMALL["world"] | {"config": "captioned"}}, "world.config='captioned' is made"),
         ({"control": {"corrupt": "given", "amounts": (0.5, 0.1)}}, "ascending"),
         ({"control": {"corrupt": "given", "amounts": (0.5,), "cells": ("three",)}}, "control: no cell 'three'"),
         ({"stages": {}}, "stage:start, which is no stage"),

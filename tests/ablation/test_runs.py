@@ -181,6 +181,47 @@ def test_a_cell_of_another_grid_is_refused(whole, card, tmp_path, capsys):
     assert "seed=3, now 5" in error
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("cells/teacher-seed5/metrics.json", "{}"),
+        ("cells/teacher-seed5/metrics.json", "null"),
+        ("cells/teacher-seed5/trained.json", '{"steps": 3}'),
+        ("cells/teacher-seed5/done.json", "[]"),
+        ("cells/teacher-seed5/fingerprint.json", "3"),
+        ("cells/diffusion-seed3/rollouts.npz", "x"),
+        ("stages/start/done.json", "{}"),
+        ("truth.npz", "x"),
+        ("ablation.json", "[]"),
+    ],
+)
+def test_a_damaged_file_is_named_and_can_be_made_again(whole, card, tmp_path, capsys, file, content):
+    output = tmp_path / "damaged"
+    shutil.copytree(whole[0], output)
+    path, command = output / file, ["ablate", str(card), "--output", str(output)]
+    before = {path.name: path.read_bytes() for path in output.glob("cells/*/metrics.json")}
+    path.write_text(content)
+    assert main([*command, "--report"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{file}: cannot be read" in line
+    assert "delete this file, and run again" in line
+    path.unlink()
+    assert main(command) == 0
+    assert "missing" not in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in output.glob("cells/*/metrics.json")} == before
+
+
+def test_a_cell_that_skipped_updates_is_not_compared(card, tmp_path, capsys):
+    broken = "--config.factors.forcing.teacher.overrides.optimizers={'student':{'learning_rate':1e30}}"
+    short = ["--config.budget.amount=5", "--config.base.overrides.training.steps=2", ONE_SEED]
+    assert main(["ablate", str(card), "--output", str(tmp_path / "out"), broken, *short]) == 0
+    said = capsys.readouterr().out
+    assert "missing: teacher seed 3" in said
+    assert "as claimed" not in said
+    failed = json.loads((tmp_path / "out" / "cells" / "teacher-seed3" / "failed.json").read_text())
+    assert "were skipped, since they were not finite: the budget of 5 of student is not spent" in failed["error"]
+
+
 def test_missing_cells_are_listed(whole, card, tmp_path, capsys):
     output = tmp_path / "partial"
     shutil.copytree(whole[0], output)

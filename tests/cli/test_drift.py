@@ -78,6 +78,16 @@ def test_one_truth_serves_all_rollouts(tmp_path):
         assert found[name]["curves"]["psnr"]["mean"][5] == pytest.approx(-20 * np.log10(5 * step / 255))
 
 
+def test_one_video_has_no_interval(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", video=fading()[None])
+    np.savez(tmp_path / "b.npz", video=np.stack([fading(), fading(step=4)]))
+    for name, said in (("a", "no intervals"), ("b", "the intervals")):
+        command("--rollouts", tmp_path / f"{name}.npz", "--output", tmp_path / "out")
+        lines = capsys.readouterr().out.splitlines()
+        assert said in lines[0]
+        assert ["[" in line for line in lines[1:-1]] == [name == "b"] * (len(lines) - 2)
+
+
 def test_equal_names_are_told_apart(tmp_path):
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
@@ -105,6 +115,18 @@ def test_mistakes_get_one_line(tmp_path):
         command("--rollouts", tmp_path / "float.npz", *output)
     with pytest.raises(DataError, match="text.npz: cannot be read as arrays"):
         command("--rollouts", tmp_path / "text.npz", *output)
+    broken = {"video": np.repeat(fading()[None], 2, axis=0)}
+    for name, array, words in (
+        ("latents", np.full((2, 12), "x"), "odd.npz: latents should be float .* not <U1"),
+        ("latents", np.ones((2, 7, 2, 2, 4)), "odd.npz: 7 latent frames do not stand for 12"),
+        ("error", np.full((2, 12), np.nan), "odd.npz: metric 'error' has values that are not finite"),
+        ("video", np.zeros((0, 12, 4, 4, 3), np.uint8), "odd.npz: `video` is empty"),
+    ):
+        np.savez(tmp_path / "odd.npz", **(broken | {name: array}))
+        with pytest.raises(DataError, match=words):
+            command("--rollouts", tmp_path / "odd.npz", *output)
+    with pytest.raises(DataError, match="--video: a file is named twice"):
+        command("--video", tmp_path / "a.mp4", tmp_path / "a.mp4", *output)
     with pytest.raises(DataError, match="nothing.npz: cannot be read as arrays .* No such file"):
         command("--rollouts", tmp_path / "nothing.npz", *output)
     assert not (tmp_path / "out").exists()

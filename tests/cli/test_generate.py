@@ -218,6 +218,8 @@ MISTAKES = {
     "scale of no adapter": (["--lora-scale", "2"], "give --lora too"),
     "image": (["--first", "nothing.png"], "nothing.png"),
     "text for an image": (["--first", "prompts.txt"], "not a video that can be decoded"),
+    "strength of no video": (["--strength", "0.5"], "name a video, or leave it out"),
+    "seed": (["--seed", "-1"], "--seed=-1 must be at least 0"),
     "actions": (["--actions", "1*8"], "takes no actions"),
     "label": (["--label", "1"], "no classes"),
     "weights of the vae": (["--weights", "vae"], "holds a vae"),

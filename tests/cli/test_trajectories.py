@@ -140,6 +140,15 @@ def test_given_frames_are_those_of_the_clip(root, tmp_path):
         np.testing.assert_allclose(stored["trajectory"][-1, :2], latents, atol=1e-3)
 
 
+def test_clips_that_changed_in_their_place_are_refused(root, tmp_path, capsys):
+    records = tmp_path / "records"
+    records.symlink_to(root / "records")
+    assert main(words(root, tmp_path / "pairs", "--count", 4, data=records)) == 0
+    records.unlink()
+    records.symlink_to(root / "large")
+    refused(capsys, words(root, tmp_path / "pairs", "--count", 4, data=records), "source.clips=")
+
+
 def test_mistakes_get_one_line(root, tmp_path, capsys):
     place = tmp_path / "pairs"
     assert main(words(root, place, "--count", 4)) == 0

@@ -125,6 +125,13 @@ def test_bootstrap_interval_of_curves_and_other_statistics():
     assert low < np.median(values[:, 0]) < high
 
 
+def test_interval_of_a_share():
+    # From the textbook's formula, and by hand: all of n gives n / (n + z²).
+    assert metrics.share_interval(0.9, 50) == pytest.approx((0.7864, 0.9565), abs=1e-4)
+    assert metrics.share_interval(1.0, 128) == pytest.approx((128 / (128 + 1.959964**2), 1.0))
+    assert metrics.share_interval(0.0, 1) == pytest.approx((0.0, 1.959964**2 / (1 + 1.959964**2)))
+
+
 def test_sign_test():
     assert metrics.sign_test(5, 10) == 1
     assert metrics.sign_test(10, 10) == pytest.approx(2 / 1024)

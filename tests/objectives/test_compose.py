@@ -191,7 +191,20 @@ REFUSED = {
     "pattern without its objective": (dict(visibility={"kind": "teacher_forcing"}), "do not go together"),
     "distillation in a pipeline": (dict(**DISTILLED, plan={"lag": 1}), "one chunk at a time"),
     "distillation of many steps": (dict(objective={"kind": "distillation"}), "use solver.kind='few_step', not 'euler'"),
-    "distillation without a rest": (distilled(given=2), "leaves none to generate"),
+    "distillation without a rest": (distilled(given=2), "leaves none to learn"),
+    "consistency without a rest": (
+        dict(objective={"kind": "consistency", "given": 2}, visibility={"kind": "teacher_forcing"}),
+        "objective.given=2 of 2 chunks leaves none to learn",
+    ),
+    "more passes than steps": (
+        distilled(gradient={"passes": 5}),
+        "objective.forcing.gradient.passes=5 must be at most 4",
+    ),
+    "unknown role": (dict(**DISTILLED, roles={"studnet": {}}), "no such role; its are critic, student, teacher"),
+    "adapters of a frozen role": (dict(**DISTILLED, roles={"teacher": {"lora": {"rank": 2}}}), "teacher is frozen"),
+    "type of a trained role": (dict(**DISTILLED, roles={"critic": {"dtype": "bfloat16"}}), "critic is trained"),
+    "average that is not kept": (dict(**DISTILLED, roles={"critic": {"ema_memory": "host"}}), "critic has no average"),
+    "network of no role": (dict(critic=MODEL), "critic: the objective has no such role; its are student"),
     "distillation, first frame": (
         dict(**DISTILLED, video={"frames": 5, "chunk": 2, "independent_first_frame": True}),
         "objective.forcing.given=1",

@@ -97,7 +97,7 @@ def test_a_critic_of_its_own_shape_needs_weights_of_its_own(sources):
     critic = MODEL | {"width": 8}
     config = distilled(sources, {"critic": str(sources / "student")}, critic=critic)
     assert make_run(config).initial["critic"].config.width == 8
-    with pytest.raises(ConfigError, match=r"objective.critic=.*another shape"):
+    with pytest.raises(ConfigError, match=r"objective.critic: .* is a network with width="):
         make_run(distilled(sources, critic=critic))
 
 

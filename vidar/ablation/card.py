@@ -106,6 +106,11 @@ class Contrast:
     better: tuple[str, ...]
     worse: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        both = sorted(set(self.better) & set(self.worse))
+        if both:
+            raise ConfigError(f"cell {both[0]!r} stands in better and in worse; it cannot beat itself")
+
 
 @dataclass(frozen=True)
 class Control:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from vidar.ablation.grid import Cell, Grid
+from vidar.ablation.measures import VIDEO
 from vidar.ablation.records import read_arrays, read_json
 from vidar.ablation.statistics import Estimate, Paired, estimate, paired
-from vidar.ablation.worker import DONE, FAILED, METRICS, TRAINED, Layout, is_done
+from vidar.ablation.worker import FAILED, ROLLOUTS, Layout, is_done, read_cell, read_stage, read_truth
 
 Key = tuple[str, int]
 """Name of a cell, and seed."""
@@ -114,14 +115,13 @@ def gather(grid: Grid, output: Path) -> Findings:
     for cell, seed in grid.units:
         key, directory = (cell.name, seed), layout.cell(cell, seed)
         if is_done(grid, layout, cell, seed):
-            metrics[key], trained[key] = read_json(directory / METRICS), read_json(directory / TRAINED)
-            done[key] = read_json(directory / DONE)
+            metrics[key], trained[key], done[key] = read_cell(directory)
         elif (directory / FAILED).exists():
-            missing[key] = read_json(directory / FAILED)["error"]
+            missing[key] = read_json(directory / FAILED, ["error"])["error"]
         else:
             missing[key] = "begun" if directory.exists() else "not begun"
-    stages = {name: layout.stages / name / DONE for name in grid.stages}
-    costs = {name: read_json(path) for name, path in stages.items() if path.exists()}
+    stages = {name: read_stage(layout.stages / name) for name in grid.stages}
+    costs = {name: stage for name, stage in stages.items() if stage is not None}
     contrast, harms = _contrast(grid, metrics), _harms(grid, metrics)
     return Findings(grid, layout, metrics, trained, done, costs, missing, contrast, harms)
 
@@ -129,8 +129,8 @@ def gather(grid: Grid, output: Path) -> Findings:
 def videos(findings: Findings, key: Key) -> tuple[np.ndarray, np.ndarray]:
     """Truth and rollout of a finished cell, each uint8 `[b, f, h, w, 3]`."""
     cell = next(cell for cell in findings.grid.cells if cell.name == key[0])
-    arrays = read_arrays(findings.layout.cell(cell, key[1]) / "rollouts.npz")
-    return read_arrays(findings.layout.truth)["pixels"], arrays["video"]
+    arrays = read_arrays(findings.layout.cell(cell, key[1]) / ROLLOUTS, [VIDEO])
+    return read_truth(findings.layout).pixels, arrays[VIDEO]
 
 
 def _clips(measured: Any, grid: Grid) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import vidar
-from vidar.ablation.card import AblationConfig, Budget, Combination, Control, Variant
+from vidar.ablation.card import AblationConfig, Budget, Combination, Control, Variant, WorldData
 from vidar.ablation.measures import Evaluation
 from vidar.ablation.rollouts import stream_sampler
 from vidar.config import load as load_card
@@ -304,6 +304,9 @@ def _check(grid: Grid) -> None:
         unknown = sorted(set(cells) - set(names))
         if unknown:
             raise ConfigError(f"{where}: no cell {unknown[0]!r}; the cells are {', '.join(names)}")
+    if ablation.world is not None:
+        for name, run in {**grid.stages, **{f"cell {cell.name}": cell.run for cell in grid.cells}}.items():
+            _check_world(name, run.config, ablation.world)
     for cell in grid.cells:
         _check_evaluation(cell, ablation.evaluation)
         control, commit = ablation.control, cell.run.config.plan.commit
@@ -311,6 +314,17 @@ def _check(grid: Grid) -> None:
         if noised and commit.kind == "last_step":
             raise ConfigError(f"cell {cell.name}: a last_step commit takes no noise: use control.corrupt='given'")
         _check_starts(grid, cell)
+
+
+def _check_world(name: str, config: RunConfig, world: WorldData) -> None:
+    """Runs on a procedural world must fit the data that the ablation makes."""
+    wanted = config.data.tfds or ""
+    if not wanted.startswith(_WORLD):
+        return
+    if wanted != f"{_WORLD}{world.config}":
+        raise ConfigError(f"{name}: trains on {wanted}, but world.config={world.config!r} is made")
+    if config.data.frames > world.frames:
+        raise ConfigError(f"{name}: data.frames={config.data.frames}, but world.frames={world.frames} are made")
 
 
 def _check_evaluation(cell: Cell, evaluation: Evaluation) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,20 @@ def write_json(path: Path, value: Any) -> None:
         unfinished.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads plain values.
+def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """Reads plain values by name.
+
+    Args:
+        path: The file.
+        keys: Names that it must have.
 
     Raises:
         CheckpointError: The file is missing or damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return _with(keys, json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): delete its directory to make it again") from error
+        raise _damaged(path, error) from error
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -47,18 +51,22 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, keys: Iterable[str] = ()) -> dict[str, np.ndarray]:
     """Reads named arrays.
+
+    Args:
+        path: The file.
+        keys: Names that it must have.
 
     Raises:
         CheckpointError: The file is missing or damaged.
     """
     try:
         with np.load(path) as stored:
-            return dict(stored)
+            return _with(keys, dict(stored))
     # A damaged archive fails in as many ways as it has layers.
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): delete its directory to make it again") from error
+        raise _damaged(path, error) from error
 
 
 def fingerprint(document: Any) -> str:
@@ -82,7 +90,7 @@ def settle(path: Path, document: Any, what: str) -> None:
         make_directory(path.parent)
         write_json(path, {"fingerprint": fingerprint(document), "config": document})
         return
-    found = difference(read_json(path).get("config"), document)
+    found = difference(read_json(path, ["config"])["config"], document)
     if found is not None:
         raise ConfigError(
             f"{path}: holds {what} with {found[0]}={_short(found[1])}, now {_short(found[2])}: "
@@ -123,6 +131,21 @@ def alone(directory: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _with(keys: Iterable[str], value: Any) -> Any:
+    """A dictionary that has these keys."""
+    if not isinstance(value, dict):
+        raise ValueError(f"not a dictionary but {_short(value)}")
+    missing = sorted(set(keys) - set(value))
+    if missing:
+        raise ValueError(f"no {missing[0]!r} in it")
+    return value
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())
+    return CheckpointError(f"{path}: cannot be read ({reason}): delete this file, and run again to make it anew")
 
 
 def _open(directory: Path) -> int:

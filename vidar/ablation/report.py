@@ -12,9 +12,8 @@ import numpy as np
 
 from vidar.ablation.figures import animate, plot_curves, sheet
 from vidar.ablation.findings import Findings, Key, videos
-from vidar.ablation.measures import VIDEO, Truth
+from vidar.ablation.measures import VIDEO
 from vidar.ablation.pages import Block, Details, Heading, Paragraph, Picture, Table, write_pages
-from vidar.ablation.records import read_arrays
 from vidar.ablation.words import (
     ABSENT,
     contrast_in_words,
@@ -24,6 +23,7 @@ from vidar.ablation.words import (
     paired_text,
     summary,
 )
+from vidar.ablation.worker import read_truth
 
 _WIDTH = 3
 
@@ -130,8 +130,7 @@ def _results(findings: Findings) -> list[Block]:
 def _repeated(findings: Findings) -> dict[str, dict[str, float]]:
     """Metrics of repeating the last given frame, by span and metric."""
     evaluation = findings.grid.ablation.evaluation
-    arrays = read_arrays(findings.layout.truth)
-    truth = Truth(arrays["pixels"], arrays["actions"], arrays.get("label"))
+    truth = read_truth(findings.layout)
     video = truth.pixels.copy()
     video[:, evaluation.given :] = video[:, evaluation.given - 1 : evaluation.given]
     spans = evaluation.measure({VIDEO: video}, truth)["spans"]

@@ -43,6 +43,9 @@ from vidar.training.loop import Run, train
 
 _logger = logging.getLogger("vidar")
 DONE, FAILED, METRICS, ROLLOUTS, TRAINED = "done.json", "failed.json", "metrics.json", "rollouts.npz", "trained.json"
+_CELL = (RECORD, TRAINED, ROLLOUTS, METRICS, DONE)
+_CIRCUMSTANCES = ("device", "jax", "code")
+_COST = ("steps", "seconds", "updates", "skipped", "flops of an update", "flops")
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def check_same(grid: Grid, output: Path) -> None:
 
 
 def is_done(grid: Grid, layout: Layout, cell: Cell, seed: int) -> bool:
-    """Whether a cell is complete.
+    """Whether a cell is complete; a file that was deleted is made again from those that it comes from.
 
     Raises:
         ConfigError: Its directory holds a cell of another config.
@@ -147,7 +150,40 @@ def is_done(grid: Grid, layout: Layout, cell: Cell, seed: int) -> bool:
     directory = layout.cell(cell, seed)
     if (directory / RECORD).exists():
         settle(directory / RECORD, grid.unit_document(cell, seed), "a cell")
-    return (directory / DONE).exists()
+    return all((directory / name).exists() for name in _CELL)
+
+
+def read_cell(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Metrics, training cost and circumstances of a complete cell.
+
+    Raises:
+        CheckpointError: A file is damaged.
+    """
+    return (
+        read_json(directory / METRICS, ["as trained", "control"]),
+        read_json(directory / TRAINED, _COST),
+        read_json(directory / DONE, _CIRCUMSTANCES),
+    )
+
+
+def read_stage(directory: Path) -> dict[str, Any] | None:
+    """Training cost and circumstances of a stage; None for one that is not done.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    done = directory / DONE
+    return read_json(done, [*_COST, *_CIRCUMSTANCES]) if done.exists() else None
+
+
+def read_truth(layout: Layout) -> Truth:
+    """The clips that every cell continues.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    arrays = read_arrays(layout.truth, ["pixels", "actions"])
+    return Truth(arrays["pixels"], arrays["actions"], arrays.get("label"))
 
 
 def recompute(grid: Grid, output: Path) -> int:
@@ -164,15 +200,13 @@ def recompute(grid: Grid, output: Path) -> int:
         CheckpointError: A cell's metrics are not those of its rollouts.
     """
     layout, count = Layout(output.resolve()), 0
-    truth = _read_truth(layout)
+    truth = read_truth(layout)
     for cell, seed in grid.units:
         if is_done(grid, layout, cell, seed):
             directory = layout.cell(cell, seed)
-            metrics = _measured(grid, cell, truth, read_arrays(directory / ROLLOUTS))
+            metrics = _measured(grid, cell, truth, _read_rollouts(directory))
             if metrics != read_json(directory / METRICS):
-                raise CheckpointError(
-                    f"{directory / METRICS}: is not what {ROLLOUTS} says: delete the cell's directory"
-                )
+                raise CheckpointError(f"{directory / METRICS}: is not what {ROLLOUTS} says: delete the wrong one")
             count += 1
     return count
 
@@ -190,11 +224,6 @@ def _prepare(grid: Grid, layout: Layout) -> None:
             truth = grid.ablation.evaluation.truth()
             arrays = {"pixels": truth.pixels, "actions": truth.actions, "label": truth.label}
             write_arrays(layout.truth, {name: array for name, array in arrays.items() if array is not None})
-
-
-def _read_truth(layout: Layout) -> Truth:
-    arrays = read_arrays(layout.truth)
-    return Truth(arrays["pixels"], arrays["actions"], arrays.get("label"))
 
 
 def _placed(grid: Grid, layout: Layout, run: Any) -> RunConfig:
@@ -216,6 +245,11 @@ def _make_stage(grid: Grid, layout: Layout, name: str) -> None:
         settle(directory / RECORD, grid.stage_document(name), "a stage")
         if not (directory / DONE).exists():
             record = _train(_placed(grid, layout, grid.stages[name]), directory, None)
+            idle = [phase for phase, count in record["updates"].items() if not count]
+            if idle:
+                raise DivergenceError(
+                    f"stage {name}: no update of {idle[0]} was finite, so that all {record['skipped']} were skipped"
+                )
             write_json(directory / DONE, record | _circumstances())
             jax.clear_caches()
 
@@ -230,17 +264,31 @@ def _make_cell(grid: Grid, layout: Layout, cell: Cell, seed: int) -> None:
     if not (directory / TRAINED).exists():
         try:
             record = _train(_placed(grid, layout, cell.seeded(seed)), directory / "run", grid.ablation.budget)
+            _check_spent(record, grid.ablation.budget)
         except DivergenceError as error:
             # A result like any other: the rest of the grid goes on.
             _logger.warning("%s, seed %d: %s", cell.name, seed, error)
             write_json(directory / FAILED, {"error": str(error)})
             return
         write_json(directory / TRAINED, record)
-    truth = _read_truth(layout)
+    truth = read_truth(layout)
     if not (directory / ROLLOUTS).exists():
         write_arrays(directory / ROLLOUTS, _rollouts(grid, cell, directory / "run", truth))
-    write_json(directory / METRICS, _measured(grid, cell, truth, read_arrays(directory / ROLLOUTS)))
+    write_json(directory / METRICS, _measured(grid, cell, truth, _read_rollouts(directory)))
     write_json(directory / DONE, _circumstances())
+
+
+def _check_spent(record: Mapping[str, Any], budget: Budget) -> None:
+    """Refuses a training that skipped updates which its budget counts: it would be compared with those that did not."""
+    if budget.unit == "updates" and record["skipped"]:
+        raise DivergenceError(
+            f"{record['skipped']} updates were skipped, since they were not finite: the budget of {budget.amount:g} "
+            f"of {budget.role} is not spent"
+        )
+
+
+def _read_rollouts(directory: Path) -> dict[str, np.ndarray]:
+    return read_arrays(directory / ROLLOUTS, [VIDEO])
 
 
 def _circumstances() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`vidar ablate`: a grid of configs and seeds under equal budgets, resumable cell by cell, and its report."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     output = options.output or Path("runs/ablations") / grid.ablation.name
     if options.slurm is not None:
         script = write_scripts(options.card, output, options.overrides, options.slurm)
-        print(f"written; submit all of it by: bash {script}")
+        print(f"written; submit all of it by: {shlex.join(['bash', str(script)])}")
         return 0
     enable_compilation_cache()
     if not (options.report or options.recompute):
@@ -67,6 +68,6 @@ def _part(text: str) -> tuple[int, int]:
     from vidar.errors import ConfigError
 
     index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ConfigError(f"--cell={text}: write I/N with I in 0 … N-1, such as 0/4")
     return int(index), int(count)

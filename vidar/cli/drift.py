@@ -47,16 +47,18 @@ def run(options: argparse.Namespace) -> int:
         unfinished.write_text(json.dumps({title: asdict(entry) for title, entry in found.items()}, indent=2) + "\n")
     plot(found, options.output / "drift.png")
     for title, entry in found.items():
-        print(f"{title}: {entry.videos} videos of {entry.frames} frames; the intervals are of the mean over videos")
+        intervals = "the intervals are of the mean over videos" if entry.videos > 1 else "no intervals from one video"
+        print(f"{title}: {entry.videos} video(s) of {entry.frames} frames; {intervals}")
         for name, curve in entry.curves.items():
             ends = f"{curve.mean[0]:10.4g} → {curve.mean[-1]:10.4g}"
-            print(f"  {name:20s} {ends}   end - start {_shown(curve.change)}   per frame {_shown(curve.slope)}")
+            change, slope = (_shown(part, entry.videos) for part in (curve.change, curve.slope))
+            print(f"  {name:20s} {ends}   end - start {change}   per frame {slope}")
     print(f"{options.output}: drift.json, drift.png")
     return 0
 
 
-def _shown(interval: Any) -> str:
-    return f"{interval.mean:+.4g} [{interval.low:+.4g}, {interval.high:+.4g}]"
+def _shown(interval: Any, videos: int) -> str:
+    return f"{interval.mean:+.4g}" + (f" [{interval.low:+.4g}, {interval.high:+.4g}]" if videos > 1 else "")
 
 
 def _measured(paths: list[Path], truth: list[Path] | None) -> Any:
@@ -76,6 +78,8 @@ def _videos(option: str, paths: list[Path]) -> Any:
     from vidar.data.video import read_video
     from vidar.errors import DataError
 
+    if option == "--video" and len(set(paths)) < len(paths):
+        raise DataError(f"{option}: a file is named twice, but rollouts are counted as independent")
     clips = [read_video(path) for path in paths]
     for path, clip in zip(paths, clips, strict=True):
         if clip.shape != clips[0].shape:
@@ -86,17 +90,20 @@ def _videos(option: str, paths: list[Path]) -> Any:
 
 def _rollout(path: Path, truth: Any) -> Any:
     """Drift of the arrays of a file."""
+    from vidar.errors import ConfigError, DataError
     from vidar.evaluation.drift import drift, latent_rms
 
     arrays = _arrays(path)
     video = _pixels(path, arrays, "video")
     if "truth" in arrays:
         truth = _pixels(path, arrays, "truth")
-    extra: dict[str, Any] = {}
-    if "latents" in arrays:
-        extra["latent_rms"] = latent_rms(arrays["latents"], video.shape[1])
-    metrics = {name: x for name, x in arrays.items() if x.shape == video.shape[:2] and x.dtype.kind in "fb"}
-    return drift(video, truth, extra | metrics)
+    extra = {name: x for name, x in arrays.items() if x.shape == video.shape[:2] and x.dtype.kind in "fb"}
+    try:
+        if "latents" in arrays:
+            extra["latent_rms"] = latent_rms(arrays["latents"], video.shape[1])
+        return drift(video, truth, extra)
+    except ConfigError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _common_truth(paths: list[Path] | None) -> Any:
@@ -135,6 +142,8 @@ def _pixels(path: Path, arrays: dict[str, Any], name: str) -> Any:
     if value is None or value.dtype != np.uint8 or value.ndim != 5 or value.shape[-1] != 3:
         held = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
         raise DataError(f"{path}: `{name}` should be uint8 [videos, frames, height, width, 3]; it holds {held}")
+    if not value.size:
+        raise DataError(f"{path}: `{name}` is empty: {list(value.shape)}")
     return value
 
 

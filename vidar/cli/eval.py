@@ -38,7 +38,7 @@ def _turning(options: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from vidar.data.pipeline import DataConfig, make_dataset
+    from vidar.data.pipeline import DataConfig, make_dataset, open_source
     from vidar.data.records import Episodes
     from vidar.devices import enable_compilation_cache
     from vidar.errors import ConfigError, check_range, make_directory
@@ -49,6 +49,16 @@ def _turning(options: argparse.Namespace) -> int:
     check_range("--given", options.given, least=1)
     check_range("--frames", options.frames, above=options.given)
     titles = _titles(options.model)
+    source = DataConfig(
+        records=options.records,
+        split="validation",
+        frames=options.given,
+        stride=37,
+        batch=options.starts,
+        shuffle=True,
+        seed=1,
+    )
+    check_range("--starts", options.starts, most=len(open_source(source)))
     enable_compilation_cache()
     form = Episodes(options.records, "validation").form
     spec = form.actions
@@ -60,22 +70,7 @@ def _turning(options: argparse.Namespace) -> int:
     left, right = (list(names).index(name) for name in ("turn_left", "turn_right"))
     models = [_loaded(source, form.size, options.records, max(left, right) + 1) for source in options.model]
     make_directory(options.output)
-    batch = next(
-        iter(
-            make_dataset(
-                DataConfig(
-                    records=options.records,
-                    split="validation",
-                    frames=options.given,
-                    stride=37,
-                    batch=options.starts,
-                    shuffle=True,
-                    seed=1,
-                )
-            )
-        )
-    )
-    starts = batch["pixels"]
+    starts = next(iter(make_dataset(source)))["pixels"]
     report = {}
     for name, pipeline in zip(titles, models, strict=True):
 

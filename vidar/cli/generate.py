@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--given", type=int, help="frames taken from --first (default: 1; 9 + 12 n for published students)"
     )
     what.add_argument("--video", type=Path, help="video to make the clip from: noised, and finished from there")
-    what.add_argument("--strength", type=float, default=0.8, help="noise put into --video: 1 leaves nothing of it")
+    what.add_argument("--strength", type=float, help="noise put into --video (default: 0.8); 1 leaves nothing of it")
     what.add_argument("--frames", type=int, help="frames of the clip, given ones included (default: the model's)")
     what.add_argument("--actions", help="script such as '1*8,2*8', by number, repeated; default: no action")
     what.add_argument("--label", type=int, help="class of the video, for models with classes")
@@ -42,6 +42,9 @@ def run(options: argparse.Namespace) -> int:
 
     for name in ("clips", "frames", "given"):
         check_range(f"--{name}", getattr(options, name), least=1)
+    check_range("--seed", options.seed, least=0)
+    if options.strength is not None and options.video is None:
+        raise ConfigError(f"--strength={options.strength} is noise put into --video: name a video, or leave it out")
     if options.video is not None and options.first is not None:
         raise ConfigError("--video and --first: a clip begins with one of them or is made from the other; give one")
     if options.given is not None and options.first is None:
@@ -126,7 +129,9 @@ def _write(options: argparse.Namespace, pipeline: Any, prompt: str | None, path:
     if options.video is not None:
         size = video.height, video.width
         whole = given_frames(options.video, frames, *size, exact=model.text is None, option="--frames")
-        shown |= {"video": np.repeat(whole, options.clips, axis=0), "strength": options.strength}
+        shown["video"] = np.repeat(whole, options.clips, axis=0)
+        if options.strength is not None:
+            shown["strength"] = options.strength
     actions = action_track(model.actions, options.actions, frames)
     if actions is not None:
         shown["actions"] = np.repeat(actions, options.clips, axis=0)

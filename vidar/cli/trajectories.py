@@ -137,9 +137,7 @@ class _Maker:
                 "kept": teacher.kept,
                 "seed": options.seed,
                 "negative": options.negative,
-                "clips": f"prompts {source.digest}"
-                if options.prompts
-                else f"{options.tfds or options.records} {options.split}",
+                "clips": _named(source, options),
                 "of": len(source),
             },
         )
@@ -238,10 +236,13 @@ def _clips(options: argparse.Namespace, pipeline: Any) -> Any:
 
 
 def _named(source: Any, options: argparse.Namespace) -> str:
-    """What tells sets of clips apart."""
+    """What tells sets of clips apart: the first and the last one stand for all."""
+    from vidar.preparation.trajectories import fingerprint
+
     if options.prompts:
         return f"prompts {source.digest}"
-    return f"{options.tfds or options.records} {options.split}"
+    ends = {str(number): source.clip(number, 0.0) for number in (0, len(source) - 1)}
+    return f"{options.tfds or options.records} {options.split} {fingerprint(ends)}"
 
 
 def _check_conditions(pipeline: Any, clip: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vidar.data import world
-from vidar.evaluation.metrics import bootstrap_interval
+from vidar.evaluation.metrics import share_interval
 
 _HELD_OUT = 2**30
 """Seeds from here on occur in no data set."""
@@ -58,9 +58,9 @@ class Accuracy:
         """Mean and 95 % interval over clips of each fact, of `all` and of the verbs."""
         result = {}
         for name in (*FACTS, "all", "verbs"):
-            values = getattr(self, name).astype(np.float64)
-            low, high = bootstrap_interval(values)
-            result[name] = (float(values.mean()), float(low), float(high))
+            values = getattr(self, name)
+            share = float(values.mean())
+            result[name] = (share, *share_interval(share, len(values)))
         return result
 
 

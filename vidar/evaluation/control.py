@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vidar.evaluation.metrics import bootstrap_interval, horizontal_flow, sign_test
+from vidar.evaluation.metrics import horizontal_flow, share_interval, sign_test
 
 Generate = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """From given frames uint8 `[b, g, h, w, 3]` and actions `[b, f]` to video uint8 `[b, f, h, w, 3]`."""
@@ -68,8 +68,7 @@ def turning(
     flow = horizontal_flow(videos[:, given - 1 : -1], videos[:, given:])
     mean = flow.mean(axis=1)
     hits = np.concatenate([mean[:count] > 0, mean[count:] < 0])
-    per_start = hits.reshape(2, count).mean(axis=0)[:, None]
-    low, high = bootstrap_interval(per_start)
     probability = sign_test(int(hits.sum()), len(hits))
     share = float(hits.mean())
-    return Turning(share, float(low[0]), float(high[0]), probability, mean[:count], mean[count:], videos)
+    # Both turns of a start may succeed or fail together, so that starts are counted.
+    return Turning(share, *share_interval(share, count), probability, mean[:count], mean[count:], videos)

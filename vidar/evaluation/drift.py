@@ -84,7 +84,7 @@ def drift(video: np.ndarray, truth: np.ndarray | None = None, extra: Mapping[str
         Curves of `sharpness`, `luminance`, `saturation`, `distance_to_first`, `psnr` and the extra ones.
 
     Raises:
-        ConfigError: Fewer than 2 frames, or arrays whose shapes do not fit.
+        ConfigError: Fewer than 2 frames, arrays whose shapes do not fit, or metrics that are not finite.
     """
     if video.ndim != 5 or video.shape[1] < 2:
         raise ConfigError(f"drift of videos of shape {video.shape}: give [videos, frames ≥ 2, height, width, 3]")
@@ -102,6 +102,8 @@ def drift(video: np.ndarray, truth: np.ndarray | None = None, extra: Mapping[str
         if np.shape(value) != video.shape[:2]:
             raise ConfigError(f"metric {name!r} has shape {np.shape(value)}, not [videos, frames] = {video.shape[:2]}")
         values[name] = np.asarray(value, np.float64)
+        if not np.isfinite(values[name]).all():
+            raise ConfigError(f"metric {name!r} has values that are not finite")
     return Drift(video.shape[0], video.shape[1], {name: curve(value) for name, value in values.items()})
 
 
@@ -138,8 +140,11 @@ def latent_rms(latents_bfhwc: np.ndarray, frames: int) -> np.ndarray:
         float64 `[b, frames]`: at each pixel frame that of its latent frame, for `drift`'s extra metrics.
 
     Raises:
-        ConfigError: The pixel frames are not 1 + step · (latent frames - 1).
+        ConfigError: No such latents, or the pixel frames are not 1 + step · (latent frames - 1).
     """
+    if latents_bfhwc.ndim != 5 or latents_bfhwc.dtype.kind != "f":
+        held = f"{latents_bfhwc.dtype} {list(latents_bfhwc.shape)}"
+        raise ConfigError(f"latents should be float [videos, frames, height, width, channels], not {held}")
     latent_frames = latents_bfhwc.shape[1]
     step, rest = divmod(frames - 1, max(1, latent_frames - 1))
     if rest or step < 1 or latent_frames < 2:

@@ -5,6 +5,7 @@ module runs on the host in numpy and must know neither models nor data sets nor 
 """
 
 import math
+import statistics
 from collections.abc import Callable
 
 import numpy as np
@@ -132,6 +133,22 @@ def bootstrap_interval(
     drawn = np.stack([statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(resamples)])
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return low, high
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of independent trials by Wilson's score, which has a width at 0 and 1, too.
+
+    Args:
+        share: The share, in [0, 1].
+        count: Number of trials, ≥ 1.
+
+    Returns:
+        Lower and upper end.
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    centre, weight = share + z**2 / (2 * count), 1 + z**2 / count
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, (centre - half) / weight), min(1.0, (centre + half) / weight)
 
 
 def sign_test(wins: int, trials: int) -> float:

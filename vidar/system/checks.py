@@ -4,7 +4,9 @@ import numpy as np
 
 from vidar.attention.visibility import TeacherForcing, chunk_layout, leaks
 from vidar.errors import ConfigError, check_range
+from vidar.objectives.consistency import Consistency
 from vidar.objectives.distillation import Distillation
+from vidar.objectives.forcing import SelfForcing
 from vidar.objectives.matching import GAN
 from vidar.objectives.ode_regression import OdeRegression
 from vidar.sampling.rollout import Sampler
@@ -49,6 +51,7 @@ def check_choices(config: SystemConfig, sampler: Sampler) -> None:
         ConfigError: Choices contradict each other.
     """
     _check_objective(config, sampler)
+    _check_roles(config)
     _check_plan(config, sampler)
 
 
@@ -62,20 +65,39 @@ def _check_objective(config: SystemConfig, sampler: Sampler) -> None:
         )
     if isinstance(objective, Distillation):
         _check_distillation(config, objective, sampler)
-    if isinstance(objective, OdeRegression):
-        _check_ode_regression(config, objective, sampler)
+    if isinstance(objective, OdeRegression | Consistency):
+        _check_given(config, sampler, "objective.given", objective.given)
     levels = getattr(config.levels.base, "levels", None)
     if levels is not None and not np.all(np.diff(levels) < 0):
         raise ConfigError(f"levels.base.levels={levels} must descend")
 
 
-def _check_ode_regression(config: SystemConfig, objective: OdeRegression, sampler: Sampler) -> None:
+def _check_roles(config: SystemConfig) -> None:
+    """Nothing is said of a role that the objective does not have, or that the role would not use."""
+    roles = config.objective.roles
+    for name, choice in config.roles.items():
+        if name not in roles:
+            raise ConfigError(f"roles.{name}: the objective has no such role; its are {', '.join(sorted(roles))}")
+        trained = roles[name].optimizer is not None
+        if choice.lora is not None and not trained:
+            raise ConfigError(f"roles.{name}.lora: adapters are trained, and {name} is frozen")
+        if choice.dtype is not None and trained and choice.lora is None:
+            raise ConfigError(
+                f"roles.{name}.dtype={choice.dtype!r} is for frozen parameters, and {name} is trained: "
+                "model.precision says in which types it computes"
+            )
+        if choice.ema_memory is not None and roles[name].ema is None:
+            raise ConfigError(f"roles.{name}.ema_memory={choice.ema_memory!r}: {name} has no average")
+    for name, used in (("teacher", roles.keys() & {"teacher", "critic"}), ("critic", roles.keys() & {"critic"})):
+        if getattr(config, name) is not None and not used:
+            raise ConfigError(f"{name}: the objective has no such role; its are {', '.join(sorted(roles))}")
+
+
+def _check_given(config: SystemConfig, sampler: Sampler, name: str, given: int) -> None:
     video = config.video
-    chunks = chunk_layout(video.frames, video.chunk, independent_first_frame=sampler.first).chunks[-1] + 1
-    if objective.given >= chunks:
-        raise ConfigError(
-            f"objective.given={objective.given} of {chunks} chunks leaves none to learn: give 0 … {chunks - 1}"
-        )
+    last = chunk_layout(video.frames, video.chunk, independent_first_frame=sampler.first).chunks[-1]
+    if not 0 <= given <= last:
+        raise ConfigError(f"{name}={given} of {last + 1} chunks leaves none to learn: give 0 … {last}")
 
 
 def _check_distillation(config: SystemConfig, objective: Distillation, sampler: Sampler) -> None:
@@ -86,12 +108,9 @@ def _check_distillation(config: SystemConfig, objective: Distillation, sampler: 
         raise ConfigError(
             f"distillation makes a few-step student: use solver.kind='few_step', not {config.solver.kind!r}"
         )
-    chunks = chunk_layout(video.frames, video.chunk, independent_first_frame=sampler.first).chunks
-    if not 0 <= forcing.given <= chunks[-1]:
-        raise ConfigError(
-            f"objective.forcing.given={forcing.given} of {chunks[-1] + 1} chunks leaves none to generate: "
-            f"give 0 … {chunks[-1]}"
-        )
+    _check_given(config, sampler, "objective.forcing.given", forcing.given)
+    if isinstance(forcing, SelfForcing):
+        check_range("objective.forcing.gradient.passes", forcing.gradient.passes, most=config.solver.steps)
     if video.independent_first_frame and not forcing.given:
         raise ConfigError("distillation with an independent first frame needs it given: set objective.forcing.given=1")
     frames = objective.frames

@@ -205,9 +205,14 @@ def _start(system: System, role: str, source: str) -> Any:
     if source == "init":
         return None
     _, network = load(source, stored_role(source, role))
-    wanted = system.model_config(role)
-    if _shape(network.config) != _shape(wanted):
-        raise ConfigError(f"objective.{role}={source!r} has another shape than the config's network for {role!r}")
+    stored, wanted = _shape(network.config), _shape(system.model_config(role))
+    for entry in fields(DiTConfig):
+        theirs, ours = getattr(stored, entry.name), getattr(wanted, entry.name)
+        if theirs != ours:
+            raise ConfigError(
+                f"objective.{role}: {source!r} is a network with {entry.name}={theirs}, the config's {role} has "
+                f"{entry.name}={ours}: make them equal (model, teacher and critic may differ)"
+            )
     abstract = jax.eval_shape(partial(system.build, role), jax.random.key(0))
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(network))
 
