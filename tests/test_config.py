@@ -112,7 +112,7 @@ def test_to_dict_is_the_inverse_and_survives_json():
         ({"pair": [1]}, "config.pair: [1] has 1 entries, not 2"),
         ({"limit": "far"}, "config.limit: 'far' is a str, not a float"),
         ({"table": {"one": {"radus": 1}}}, "config.table.one.radus: unknown key; did you mean 'radius'?"),
-        ({"table": 3}, "config.table: 3 is an int, not a dictionary for a dictionary"),
+        ({"table": 3}, "config.table: 3 is an int, not a dictionary"),
         ({"flag": 1}, "config.flag: 1 is an int, not a bool"),
         ({"other": {"kind": "no.such.module:Name"}}, "config.other.kind: cannot import 'no.such.module'"),
     ],

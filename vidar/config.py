@@ -39,7 +39,7 @@ def build(cls: type[T], mapping: Any, where: str = "config") -> T:
     """
     if isinstance(mapping, cls):
         return mapping
-    entries = _entries(mapping, where, cls.__name__)
+    entries = _entries(mapping, where, f" for {cls.__name__}")
     kind = getattr(cls, "kind", None)
     if kind is not None and "kind" in entries:
         given = entries.pop("kind")
@@ -131,7 +131,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """
     file = Path(str(path).partition(":")[0])
     if not file.is_file():
-        raise ConfigError(f"--config={path}: no such file; give a Python file with get_config(), such as configs/x.py")
+        raise ConfigError(f"card {path}: no such file; give a Python file with get_config(), such as configs/x.py")
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
             raise ConfigError(f"{override}: not an override; write --config.key=value")
@@ -159,15 +159,15 @@ def _card(path: str | Path, overrides: Sequence[str]) -> Any:
         config = values["config"].value
         getattr(config, "items", None)  # a card that could not read a file says so only when it is looked into
     except VidarError as error:
-        raise ConfigError(f"--config={path}: {error}") from error
+        raise ConfigError(f"card {path}: {error}") from error
     except flags.Error as error:
         # What a card raised may come as a traceback, whose last line says it.
-        raise ConfigError(f"--config={path}: {str(error).strip().splitlines()[-1]}") from error
+        raise ConfigError(f"card {path}: {str(error).strip().splitlines()[-1]}") from error
     # A card is a person's own code, which can fail in any way.
     except Exception as error:
-        raise ConfigError(f"--config={path}: {type(error).__name__}: {_one_line(error)}") from error
+        raise ConfigError(f"card {path}: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"--config={path}: get_config() must return a ConfigDict, not {type(config).__name__}")
+        raise ConfigError(f"card {path}: get_config() must return a ConfigDict, not {type(config).__name__}")
     return config
 
 
@@ -294,7 +294,7 @@ def _build_member(classes: tuple[Any, ...], value: Any, where: str) -> Any:
     if _is_instance(value):
         return value
     kinds = {member.kind: member for member in classes if hasattr(member, "kind")}
-    entries = _entries(value, where, "a choice of " + (", ".join(sorted(kinds)) or "kind"))
+    entries = _entries(value, where, " for a choice of " + (", ".join(sorted(kinds)) or "kind"))
     kind = entries.get("kind")
     if _is_imported(value):
         member = import_path(str(kind), f"{where}.kind")
@@ -327,15 +327,15 @@ def _convert_tuple(members: tuple[Any, ...], value: Any, where: str) -> tuple[An
 
 def _convert_mapping(members: tuple[Any, ...], value: Any, where: str) -> dict[str, Any]:
     """Converts a dictionary, value by value."""
-    entries = _entries(value, where, "a dictionary")
+    entries = _entries(value, where)
     member = members[1] if members else Any
     return {key: _convert(member, entry, f"{where}.{key}") for key, entry in entries.items()}
 
 
-def _entries(value: Any, where: str, wanted: str) -> dict[str, Any]:
+def _entries(value: Any, where: str, wanted: str = "") -> dict[str, Any]:
     """Returns the items of a dictionary or ConfigDict."""
     if not hasattr(value, "items"):
-        raise ConfigError(f"{where}: {value!r} is {_article(type(value).__name__)}, not a dictionary for {wanted}")
+        raise ConfigError(f"{where}: {value!r} is {_article(type(value).__name__)}, not a dictionary{wanted}")
     return dict(value.items())
 
 

@@ -68,7 +68,10 @@ def _measured(paths: list[Path], truth: list[Path] | None) -> Any:
 
     if truth is not None and len(truth) != len(paths):
         raise ConfigError(f"--truth: {len(truth)} files for the {len(paths)} of --video; give one for each")
-    return drift(_videos("--video", paths), None if truth is None else _videos("--truth", truth))
+    try:
+        return drift(_videos("--video", paths), None if truth is None else _videos("--truth", truth))
+    except ConfigError as error:
+        raise ConfigError(f"--video: {error}") from error
 
 
 def _videos(option: str, paths: list[Path]) -> Any:
