@@ -2,7 +2,7 @@
 
 Paper: the ablation of Self Forcing (arXiv 2506.08009, table 2), asked of errors that can be measured exactly.
 Command: `vidar ablate configs/ablations/forcing.py --output runs/ablations/forcing`
-Hardware: 2 CPU cores, about four hours; resumable after any stop. The data are made on the spot.
+Hardware: 2 CPU cores, about five hours on one of them; resumable after any stop. The data are made on the spot.
 Metric: position error past the training length, frame-wise: self forcing below teacher forcing.
 
 All students start from one that teacher forcing trained without any noise on its context, and spend the same number of

@@ -72,7 +72,7 @@ def _control(findings: Findings) -> list[Block]:
     if seen:
         first = seen[0]
         said = (
-            f"The smallest harm seen is {first.amount:g}, an effect of {number(first.effect.mean)}: effects of that "
+            f"The smallest amount seen is {first.amount:g}, an effect of {number(first.effect.mean)}: effects of that "
             "size are within this grid's reach."
         )
     else:
