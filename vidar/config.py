@@ -39,7 +39,7 @@ def build(cls: type[T], mapping: Any, where: str = "config") -> T:
     """
     if isinstance(mapping, cls):
         return mapping
-    entries = _entries(mapping, where, f" for {cls.__name__}")
+    entries = _entries(mapping, where, f"a dictionary for {cls.__name__}")
     kind = getattr(cls, "kind", None)
     if kind is not None and "kind" in entries:
         given = entries.pop("kind")
@@ -294,7 +294,7 @@ def _build_member(classes: tuple[Any, ...], value: Any, where: str) -> Any:
     if _is_instance(value):
         return value
     kinds = {member.kind: member for member in classes if hasattr(member, "kind")}
-    entries = _entries(value, where, " for a choice of " + (", ".join(sorted(kinds)) or "kind"))
+    entries = _entries(value, where, "a dictionary for a choice of " + (", ".join(sorted(kinds)) or "kind"))
     kind = entries.get("kind")
     if _is_imported(value):
         member = import_path(str(kind), f"{where}.kind")
@@ -327,15 +327,15 @@ def _convert_tuple(members: tuple[Any, ...], value: Any, where: str) -> tuple[An
 
 def _convert_mapping(members: tuple[Any, ...], value: Any, where: str) -> dict[str, Any]:
     """Converts a dictionary, value by value."""
-    entries = _entries(value, where)
+    entries = _entries(value, where, "a dictionary")
     member = members[1] if members else Any
     return {key: _convert(member, entry, f"{where}.{key}") for key, entry in entries.items()}
 
 
-def _entries(value: Any, where: str, wanted: str = "") -> dict[str, Any]:
+def _entries(value: Any, where: str, wanted: str) -> dict[str, Any]:
     """Returns the items of a dictionary or ConfigDict."""
     if not hasattr(value, "items"):
-        raise ConfigError(f"{where}: {value!r} is {_article(type(value).__name__)}, not a dictionary{wanted}")
+        raise ConfigError(f"{where}: {value!r} is {_article(type(value).__name__)}, not {wanted}")
     return dict(value.items())
 
 

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         "overrides": {
             "objective": {"kind": "teacher_forcing", "context_noise": 0.0, "ema": 0.95},
             "solver": {"kind": "few_step", "times": (1000.0, 750.0, 500.0, 250.0), "shift": 5.0},
-            "data": {"batch": 8},
+            "data": {"batch": 4},
             "optimizers": {"student": constant},
             "training": {"log_every": 10, "save_every": 20, "keep": 1, "eval_every": None, "sample_every": None},
         },
@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
         "start": {
             "overrides": {
                 "objective": {"ema": 0.99},
+                "data": {"batch": 8},
                 "optimizers": {"student": pretraining | {"decay_steps": 1200}},
                 "training": {"steps": 1200, "log_every": 20, "save_every": 100},
             },

@@ -73,6 +73,6 @@ def get_config(base: str = "world") -> ConfigDict:
         "student": optimizer | {"learning_rate": 1e-4, "warmup": 10},
         "critic": optimizer | {"learning_rate": 5e-4, "warmup": 10},
     }
-    config.training.update({"steps": 600 if base == "captions" else 300, "log_every": 10})
-    config.training.update({"save_every": 100, "eval_every": 300, "sample_every": 300})
+    steps = 600 if base == "captions" else 300
+    config.training.update({"steps": steps, "log_every": 10, "save_every": 100, "eval_every": 300, "sample_every": 300})
     return config

@@ -181,34 +181,38 @@ def test_a_cell_of_another_grid_is_refused(whole, card, tmp_path, capsys):
     assert "seed=3, now 5" in error
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("cells/teacher-seed5/metrics.json", "{}"),
-        ("cells/teacher-seed5/metrics.json", "null"),
-        ("cells/teacher-seed5/trained.json", '{"steps": 3}'),
-        ("cells/teacher-seed5/done.json", "[]"),
-        ("cells/teacher-seed5/fingerprint.json", "3"),
-        ("cells/diffusion-seed3/rollouts.npz", "x"),
-        ("stages/start/done.json", "{}"),
-        ("truth.npz", "x"),
-        ("ablation.json", "[]"),
-    ],
-)
-def test_a_damaged_file_is_named_and_can_be_made_again(whole, card, tmp_path, capsys, file, content):
+DAMAGED = {
+    "cells/teacher-seed5/metrics.json": "{}",
+    "cells/diffusion-seed5/metrics.json": "null",
+    "cells/teacher-seed5/trained.json": '{"steps": 3}',
+    "cells/teacher-seed3/done.json": "[]",
+    "cells/teacher-seed3/fingerprint.json": "3",
+    "cells/diffusion-seed3/rollouts.npz": "x",
+    "stages/start/done.json": "{}",
+    "truth.npz": "x",
+    "ablation.json": "[]",
+}
+
+
+def test_damaged_files_are_named_and_can_be_made_again(whole, card, tmp_path, capsys):
     output = tmp_path / "damaged"
     shutil.copytree(whole[0], output)
-    path, command = output / file, ["ablate", str(card), "--output", str(output)]
-    before = {path.name: path.read_bytes() for path in output.glob("cells/*/metrics.json")}
-    path.write_text(content)
-    assert main([*command, "--report"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{file}: cannot be read" in line
-    assert "delete this file, and run again" in line
-    path.unlink()
+    command = ["ablate", str(card), "--output", str(output)]
+    results = {path: path.read_bytes() for path in output.glob("cells/*/metrics.json")}
+    assert len(results) == 4
+    for file, content in DAMAGED.items():
+        before = (output / file).read_bytes()
+        (output / file).write_text(content)
+        assert main([*command, "--report"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{file}: cannot be read" in line
+        assert "delete this file, and run again" in line
+        (output / file).write_bytes(before)
+    for file in DAMAGED:
+        (output / file).unlink()
     assert main(command) == 0
     assert "missing" not in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in output.glob("cells/*/metrics.json")} == before
+    assert {path: path.read_bytes() for path in output.glob("cells/*/metrics.json")} == results
 
 
 def test_a_cell_that_skipped_updates_is_not_compared(card, tmp_path, capsys):

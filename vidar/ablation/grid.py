@@ -305,8 +305,10 @@ def _check(grid: Grid) -> None:
         if unknown:
             raise ConfigError(f"{where}: no cell {unknown[0]!r}; the cells are {', '.join(names)}")
     if ablation.world is not None:
-        for name, run in {**grid.stages, **{f"cell {cell.name}": cell.run for cell in grid.cells}}.items():
-            _check_world(name, run.config, ablation.world)
+        for name, stage in grid.stages.items():
+            _check_world(f"stages.{name}", stage.config, ablation.world)
+        for cell in grid.cells:
+            _check_world(f"cell {cell.name}", cell.run.config, ablation.world)
     for cell in grid.cells:
         _check_evaluation(cell, ablation.evaluation)
         control, commit = ablation.control, cell.run.config.plan.commit

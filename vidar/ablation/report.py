@@ -23,7 +23,7 @@ from vidar.ablation.words import (
     paired_text,
     summary,
 )
-from vidar.ablation.worker import read_truth
+from vidar.ablation.worker import CIRCUMSTANCES, read_truth
 
 _WIDTH = 3
 
@@ -101,7 +101,7 @@ def _missing(findings: Findings) -> list[Block]:
 
 
 def _made_stages(findings: Findings) -> list[dict[str, Any]]:
-    return [{name: stage[name] for name in ("device", "jax", "code")} for stage in findings.stages.values()]
+    return [{name: stage[name] for name in CIRCUMSTANCES} for stage in findings.stages.values()]
 
 
 # --------------------------------------------------------------------------------------------------------- results

@@ -44,7 +44,7 @@ from vidar.training.loop import Run, train
 _logger = logging.getLogger("vidar")
 DONE, FAILED, METRICS, ROLLOUTS, TRAINED = "done.json", "failed.json", "metrics.json", "rollouts.npz", "trained.json"
 _CELL = (RECORD, TRAINED, ROLLOUTS, METRICS, DONE)
-_CIRCUMSTANCES = ("device", "jax", "code")
+CIRCUMSTANCES = ("device", "jax", "code")
 _COST = ("steps", "seconds", "updates", "skipped", "flops of an update", "flops")
 
 
@@ -162,7 +162,7 @@ def read_cell(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
     return (
         read_json(directory / METRICS, ["as trained", "control"]),
         read_json(directory / TRAINED, _COST),
-        read_json(directory / DONE, _CIRCUMSTANCES),
+        read_json(directory / DONE, CIRCUMSTANCES),
     )
 
 
@@ -173,7 +173,7 @@ def read_stage(directory: Path) -> dict[str, Any] | None:
         CheckpointError: The file is damaged.
     """
     done = directory / DONE
-    return read_json(done, [*_COST, *_CIRCUMSTANCES]) if done.exists() else None
+    return read_json(done, [*_COST, *CIRCUMSTANCES]) if done.exists() else None
 
 
 def read_truth(layout: Layout) -> Truth:
