@@ -114,7 +114,15 @@ def test_to_dict_is_the_inverse_and_survives_json():
         ({"table": {"one": {"radus": 1}}}, "config.table.one.radus: unknown key; did you mean 'radius'?"),
         ({"table": 3}, "config.table: 3 is an int, not a dictionary"),
         ({"flag": 1}, "config.flag: 1 is an int, not a bool"),
-        ({"other": {"kind": "no.such.module:Name"}}, "config.other.kind: cannot import 'no.such.module'"),
+        (
+            {"other": {"kind": "no.such.module:Name"}},
+            "config.other.kind: cannot import 'no.such.module' of 'no.such.module:Name': No module named 'no'; "
+            "put its directory on PYTHONPATH",
+        ),
+        (
+            {"shape": {"kind": "mine.Square"}},
+            "config.shape.kind: unknown kind 'mine.Square'; a class of one's own is package.module:Name",
+        ),
     ],
 )
 def test_mistakes_are_one_line_with_the_path(change, message):

@@ -105,7 +105,8 @@ def import_path(path: str, where: str = "config") -> Any:
     try:
         found = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"{where}: cannot import {module_name!r} of {path!r}: {error}") from error
+        hint = "; put its directory on PYTHONPATH" if error.name == module_name.partition(".")[0] else ""
+        raise ConfigError(f"{where}: cannot import {module_name!r} of {path!r}: {error}{hint}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             public = [entry for entry in vars(found) if not entry.startswith("_")]
@@ -305,7 +306,8 @@ def _build_member(classes: tuple[Any, ...], value: Any, where: str) -> Any:
     if kind is None:
         raise ConfigError(f"{where}.kind: missing; one of {', '.join(sorted(kinds))}")
     if kind not in kinds:
-        raise ConfigError(f"{where}.kind: unknown kind {kind!r}{_nearest(str(kind), kinds)}")
+        hint = "; a class of one's own is package.module:Name" if "." in str(kind) else _nearest(str(kind), kinds)
+        raise ConfigError(f"{where}.kind: unknown kind {kind!r}{hint}")
     return build(kinds[kind], entries, where)
 
 

@@ -154,7 +154,7 @@ class Pipeline:
         """Generates clips: from noise, from an image, as the continuation of given frames, or from another video.
 
         Args:
-            frames: Pixel frames of the clips, given ones included; None for the model's own.
+            frames: Pixel frames of the clips, given ones included; None for `frames()` of the given ones.
             rows: Clips, where neither prompts nor frames say how many.
             prompts: What each clip shows, where the network takes text.
             negative: What none of them shows, where text guides.
@@ -176,8 +176,6 @@ class Pipeline:
             ConfigError: What was given does not fit the network, its plan or each other.
         """
         check_prompts(prompts or ())
-        config = self.codec.config
-        length: int = frames or config.pixel_frames(self.system.config.video.frames)
         sized = [len(value) for value in (prompts, image, given, video) if value is not None]
         if len(set(sized)) > 1:
             raise ConfigError(f"prompts, images and given frames or videos are of {sized} clips: give as many of each")
@@ -185,7 +183,9 @@ class Pipeline:
         given = None if given is None else self._given(given)
         if actions is not None and self.model.config.actions is None:
             raise ConfigError("actions were given, but the network takes none (model.actions is not set)")
-        sampler = self._sampler(length, None if given is None else given.shape[1])
+        known = None if given is None else given.shape[1]
+        length = frames or self.frames(known)
+        sampler = self._sampler(length, known)
         count = sampler.frames
         labels = row_labels(label, self.model.config.classes, rows)
         conditions = Conditions(
@@ -199,6 +199,21 @@ class Pipeline:
         latents = _generate(sampler, count, self.model, session_keys(seed, rows), conditions, latents, source)
         return np.asarray(_decode(self.codec, latents))
 
+    def frames(self, given: int | None = None) -> int:
+        """Pixel frames of a clip where nothing else is said: the model's own, or fewer, so that whole chunks follow.
+
+        Args:
+            given: Pixel frames that are given; after a single one, chunks begin at the second latent frame.
+
+        Returns:
+            Pixel frames, given ones included.
+        """
+        own = self.codec.config.pixel_frames(self.system.config.video.frames)
+        if not self.system.sampler.program.lag:
+            return own
+        _, least, step = self._lengths(given)
+        return least + max(0, (own - least) // step * step)
+
     def _sampler(self, frames: int, given: int | None) -> Sampler:
         """The system's sampler for so many pixel frames, some of them given."""
         sampler, config = self.system.sampler, self.codec.config
@@ -209,10 +224,7 @@ class Pipeline:
                     "or a causal one (such as recipe self_forcing)"
                 )
             return replace(sampler, frames=config.latent_frames(frames))
-        alone = given is not None and sampler.chunk > 1 and config.latent_frames(given) == 1
-        first = sampler.first or alone
-        least = config.pixel_frames(int(first) + sampler.chunk)
-        step = sampler.chunk * config.frames_per_latent
+        first, least, step = self._lengths(given)
         if frames < least or (frames - least) % step:
             fits = least + step * max(0, round((frames - least) / step))
             raise ConfigError(
@@ -221,6 +233,12 @@ class Pipeline:
             )
         sampler.context.check(sampler.chunk, first)
         return replace(sampler, frames=config.latent_frames(frames), first=first)
+
+    def _lengths(self, given: int | None) -> tuple[bool, int, int]:
+        """Whether a first frame stands alone, the fewest pixel frames of a clip, and those of each further chunk."""
+        sampler, config = self.system.sampler, self.codec.config
+        first = sampler.first or (given is not None and sampler.chunk > 1 and config.latent_frames(given) == 1)
+        return first, config.pixel_frames(int(first) + sampler.chunk), sampler.chunk * config.frames_per_latent
 
     def _source(self, video: Any, frames: int, strength: float, sampler: Sampler) -> Source:
         """A video to start from, and the solver steps that are left out."""
@@ -314,7 +332,16 @@ def trained_pipeline(system: System, model: DiT) -> Pipeline:
     """The pipeline of a network that was trained here: its codec has no weights, its text encoder is its own."""
     text = model.config.text
     encoded = text is not None and text.encoder is not None
-    return Pipeline(system, model, system.config.codec, partial(byte_tokens, length=text.length) if encoded else None)
+    return Pipeline(system, model, system.config.codec, partial(_tokens, text.length) if encoded else None)
+
+
+def _tokens(length: int, prompts: Sequence[str]) -> np.ndarray:
+    for prompt in prompts:
+        if len(prompt.encode()) > length:
+            raise ConfigError(
+                f"the prompt {prompt[:24]!r} … has {len(prompt.encode())} bytes, the model reads {length}"
+            )
+    return byte_tokens(prompts, length)
 
 
 def fitted(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 Paper: CausVid (arXiv 2412.07772, section 4.3), with the level list of Self Forcing.
 Data: `vidar data trajectories --model runs/world_teacher --tfds vidar_world/one_shape --directory data/world --given 1
     --times 1000,750,500,250 --shift 5 --solver-steps 48 --count 4096 --output data/world_trajectories`;
+    captions: `vidar data trajectories --model runs/captions_teacher --tfds vidar_world/captioned --directory data/world
+    --times 1000,750,500,250 --shift 5 --solver-steps 16 --count 2048 --output data/captions_trajectories`;
     wan_1_3b: the same from a published teacher and prompts, or `--lmdb` for the pairs that CausVid published.
 Command: `vidar train --config configs/systems/ode_regression.py:BASE --workdir runs/BASE_ode`
     BASE is world (the default), doom, captions or wan_1_3b.

@@ -59,4 +59,4 @@ def test_what_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert main(["bench", "peers"]) == 2
-    assert "pip install 'vidar[parity]'" in capsys.readouterr().err
+    assert "pip install -e '.[parity]'" in capsys.readouterr().err

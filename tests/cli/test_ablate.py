@@ -20,6 +20,7 @@ def test_slurm_scripts_submit_an_array_and_then_the_report(tmp_path, capsys):
         assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     cells = (folder / "cells.sbatch").read_text()
     assert "#SBATCH --array=0-2\n" in cells
+    assert "#SBATCH --signal=B:TERM@120\n" in cells  # without B, only steps of a job are told, and it has none
     assert '--cell "$SLURM_ARRAY_TASK_ID/3"' in cells
     # What the scripts run, by stand-ins for Slurm and vidar that write their arguments down.
     tools, log = tmp_path / "bin", tmp_path / "log"

@@ -84,6 +84,16 @@ def test_prompts_that_are_missing_or_no_list_are_refused(models):
         pipeline.generate()
     with pytest.raises(ConfigError, match="is a single text; give a list"):
         pipeline.generate(prompts=PROMPTS[0])
+    with pytest.raises(ConfigError, match=r"'a red ball falls, then a' … has 90 bytes, the model reads 64"):
+        pipeline.generate(prompts=["a red ball falls, then a blue one".ljust(90)])
+
+
+def test_chunks_follow_a_single_image_in_clips_that_fit(models):
+    pipeline = load_pipeline(models["student"])
+    image = np.full((1, 1, 20, 20, 3), 90, np.uint8)
+    for given, frames in ((None, 8), (1, 7), (2, 8)):
+        assert pipeline.frames(given) == frames
+    assert pipeline.generate(prompts=PROMPTS[:1], given=image).shape == (1, 7, 20, 20, 3)
 
 
 def test_a_causal_model_gives_its_first_chunk_alone(models):

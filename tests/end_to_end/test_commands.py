@@ -68,6 +68,17 @@ def test_training_resumed_and_left_a_sample_sheet(root):
     assert any("evaluation/psnr" in row for row in rows)
 
 
+def test_a_training_that_was_stopped_is_no_success(root, monkeypatch, capsys):
+    quiet = ("--config.training.eval_every=None", "--config.training.sample_every=None")
+    arguments = train(root, 2, *quiet, workdir="stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr("vidar.training.stop.StopSignal.at", lambda stop, done: True)
+        assert main(arguments) == 130
+    assert "stopped: trained" not in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "stopped: trained and saved" in capsys.readouterr().out
+
+
 def test_generate_writes_the_clip(root, tmp_path):
     first = tmp_path / "first.mp4"
     frame = np.full((1, 16, 16, 3), 40, np.uint8)

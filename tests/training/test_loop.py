@@ -64,6 +64,16 @@ def test_update_counts_of_a_five_to_one_schedule(tmp_path):
     assert load_item(tmp_path / "checkpoints", "meta", None)["name"] == "toy"
 
 
+@pytest.mark.parametrize(("seconds", "lines"), [(0.0, ["step 5 of 12", "step 10 of 12"]), (60.0, ["step 5 of 12"])])
+def test_log_files_get_a_line_now_and_then(tmp_path, monkeypatch, caplog, seconds, lines):
+    monkeypatch.setattr("vidar.training.report._LINE_EVERY", seconds)
+    with caplog.at_level(logging.INFO, "vidar"):
+        train(NOISY.run(), tmp_path)
+    said = [message for message in caplog.messages if message.startswith("step ")]
+    assert [message.partition(",")[0] for message in said] == lines
+    assert all("critic/loss" in message and message.endswith(" steps/s") for message in said)
+
+
 def test_rows_hold_the_means_of_their_steps(tmp_path, uninterrupted):
     """A row of five steps is the mean of the five rows of one step each, over the updates that each phase had."""
     every = replace(NOISY, training=replace(NOISY.training, log_every=1))

@@ -93,6 +93,12 @@ def test_a_student_smaller_than_its_teacher(plain):
     assert row["health/critic_to_student"] == pytest.approx(row["critic/loss"] / row["student/loss"])
 
 
+def test_a_causal_network_is_no_teacher_of_whole_clips(sources):
+    student = str(sources / "student")
+    with pytest.raises(ConfigError, match=r"objective.teacher: .*/student' was trained with visibility 'chunk_causal'"):
+        make_run(distilled(sources, {"teacher": student}, teacher=MODEL | {"width": 8}))
+
+
 def test_a_critic_of_its_own_shape_needs_weights_of_its_own(sources):
     critic = MODEL | {"width": 8}
     config = distilled(sources, {"critic": str(sources / "student")}, critic=critic)

@@ -12,13 +12,14 @@ from vidar.errors import check_range
 from vidar.evaluation.writing import replaced
 
 _CELLS = """#!/usr/bin/env bash
-# Each job makes every {count}th cell, and waits for stages that another one makes. Killed or requeued, it goes on.
+# Each job makes cells {count} apart, and waits for stages that another one makes. Two minutes before its time ends it
+# is told to stop, and stops in order; a job that was requeued, or submitted again, goes on where it was.
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@120
 #SBATCH --output="{output}/slurm/%A_%a.log"
 set -euo pipefail
 exec {command} --cell "$SLURM_ARRAY_TASK_ID/{count}"

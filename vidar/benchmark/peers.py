@@ -190,7 +190,7 @@ def _peers() -> tuple[Any, Any]:
         import diffusers
         import torch
     except ImportError as error:
-        raise ConfigError(f"comparing needs {error.name}: pip install 'vidar[parity]'") from error
+        raise ConfigError(f"comparing needs {error.name}: pip install -e '.[parity]'") from error
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     return torch, diffusers

@@ -112,7 +112,8 @@ def _write(options: argparse.Namespace, pipeline: Any, prompt: str | None, path:
     from vidar.errors import ConfigError
 
     video, model = pipeline.system.config.video, pipeline.model.config
-    frames = options.frames or pipeline.codec.config.pixel_frames(video.frames)
+    count = None if options.first is None or model.image is not None else options.given or 1
+    frames = options.frames or pipeline.frames(count)
     shown: dict[str, Any] = {"label": options.label, "seed": options.seed, "rows": options.clips}
     if prompt is not None:
         shown |= {"prompts": [prompt] * options.clips, "negative": options.negative}
@@ -120,8 +121,7 @@ def _write(options: argparse.Namespace, pipeline: Any, prompt: str | None, path:
         raise ConfigError(f"--given={options.given}: this model begins with an image alone; leave it out")
     if options.first is not None and model.image is not None:
         shown["image"] = np.repeat(read_video(options.first)[:1], options.clips, axis=0)
-    elif options.first is not None:
-        count = options.given or 1
+    elif count is not None:
         if frames <= count:
             raise ConfigError(f"--frames={frames} must be above --given={count}: it counts given frames, too")
         first = given_frames(options.first, count, video.height, video.width, exact=model.text is None)

@@ -95,12 +95,11 @@ def _train(run: Any, workdir: Path, anew: bool = False) -> None:
     """Trains, from the beginning or from where it stopped; ends the command where SIGTERM ended the training."""
     import shutil
 
-    from vidar.training.loop import train
+    from vidar.training.loop import is_complete, train
 
     if anew:
         shutil.rmtree(workdir, ignore_errors=True)
-    state = train(run, workdir)
-    if run.training.max_seconds is None and int(state.step) < run.training.steps:
+    if not is_complete(run, train(run, workdir)):
         raise KeyboardInterrupt
 
 

@@ -33,9 +33,12 @@ def run(options: argparse.Namespace) -> int:
     initialize(True if options.distributed else None)
     enable_compilation_cache()
     from vidar.training.experiment import load_run_config, make_run
-    from vidar.training.loop import train
+    from vidar.training.loop import is_complete, train
 
-    train(make_run(load_run_config(options.config, options.overrides)), options.workdir)
+    run = make_run(load_run_config(options.config, options.overrides))
+    if not is_complete(run, train(run, options.workdir)):
+        raise KeyboardInterrupt
+    print(f"{options.workdir}: trained and saved")
     return 0
 
 

@@ -97,7 +97,7 @@ def _check(scenario: str, frames: int, size: int, frame_skip: int, shard_frames:
             f"validation split; give more than {shard_frames}, or a smaller shard_frames"
         )
     if importlib.util.find_spec("vizdoom") is None:
-        raise ConfigError("recording needs ViZDoom: pip install 'vidar[doom]'")
+        raise ConfigError("recording needs ViZDoom: pip install -e '.[doom]'")
 
 
 def _play(

@@ -309,7 +309,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         if (path.parent / UNFINISHED).is_file():
             raise DataError(f"{path.parent}: an unfinished recording; run the command that records it again")
-        raise DataError(f"{path.parent}: no recorded episodes here ({path.name} is missing)")
+        raise DataError(
+            f"{path.parent}: no recorded episodes here ({path.name} is missing; `vidar data doom` records some)"
+        )
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:

@@ -271,7 +271,8 @@ def _builder(name: str, directory: str | None) -> Any:
         return read_only_builder.builder_from_files(name, data_dir=directory)
     except registered.DatasetNotFoundError as error:
         place = directory or "the default TFDS directory"
-        raise DataError(f"{name}: no prepared data set of that name in {place}; prepare it first") from error
+        made = "; `vidar data world` makes it" if name.startswith("vidar_world/") else "; prepare it first"
+        raise DataError(f"{name}: no prepared data set of that name in {place}{made}") from error
 
 
 class _Memory:

@@ -63,7 +63,7 @@ def _downloaded(source: str | Path, name: str, revision: str | None, patterns: l
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ConfigError(
-            f"{source}: no such file or folder; to download it from the Hugging Face hub: pip install 'vidar[hub]'"
+            f"{source}: no such file or folder; to download it from the Hugging Face hub: pip install -e '.[hub]'"
         ) from error
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns)

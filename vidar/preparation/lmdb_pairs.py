@@ -110,7 +110,7 @@ def _open(path: Path) -> Any:
     try:
         import lmdb
     except ImportError as error:
-        raise ConfigError("reading LMDB needs the lmdb package: pip install 'vidar[lmdb]'") from error
+        raise ConfigError("reading LMDB needs the lmdb package: pip install -e '.[lmdb]'") from error
     try:
         return lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as error:

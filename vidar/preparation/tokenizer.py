@@ -204,4 +204,4 @@ def _no_tokenizer(path: Path, error: Exception) -> ConfigError:
 
 
 def _not_installed(library: str) -> ConfigError:
-    return ConfigError(f"prompts need {library}: pip install 'vidar[text]'")
+    return ConfigError(f"prompts need {library}: pip install -e '.[text]'")

@@ -187,5 +187,5 @@ def _tensorboard(directory: Path, after: int) -> _Events | None:
     try:
         return _Events(path, after)
     except ImportError:
-        _logger.info("tensorboardX is not installed (pip install 'vidar[log]'): metrics go to metrics.jsonl only")
+        _logger.info("tensorboardX is not installed (pip install -e '.[log]'): metrics go to metrics.jsonl only")
         return None

@@ -149,6 +149,11 @@ def train(run: Run, workdir: str | Path) -> TrainState:
             writer.close()
 
 
+def is_complete(run: Run, state: TrainState) -> bool:
+    """Whether a training ended by itself, and not by SIGTERM before its last step."""
+    return int(state.step) >= run.training.steps or run.training.max_seconds is not None
+
+
 @dataclass(frozen=True)
 class Program:
     """What is compiled.

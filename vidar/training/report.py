@@ -22,6 +22,7 @@ from vidar.training.logging import MetricWriter, window_means
 from vidar.training.state import TrainState, report_of
 
 _logger = logging.getLogger("vidar")
+_LINE_EVERY = 30.0
 
 
 class Reporter:
@@ -56,9 +57,10 @@ class Reporter:
         self._health = Health()
         self._reports: dict[str, Any] = {}
         self._due: tuple[int, dict[str, Any], dict[str, float]] | None = None
-        # Only a person's terminal shows a bar; a log file would be filled by it.
+        # Only a person's terminal shows a bar; a log file would be filled by it, and gets a line now and then.
         silent = True if jax.process_index() else None
         self._bar = tqdm(total=training.steps, initial=start, unit="step", disable=silent, dynamic_ncols=True)
+        self._lines, self._next_line = self._bar.disable and not silent, 0.0
         self._start_window(start)
 
     def continue_from(self, state: TrainState) -> None:
@@ -119,7 +121,12 @@ class Reporter:
         row["skipped"] = max(int(report["skipped"]) for report in reports.values())
         row |= self._health.look(step, row)
         self._writer.scalars(step, row | rates)
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in row.items() if name.endswith("/loss")})
+        losses = {name: f"{value:.4g}" for name, value in row.items() if name.endswith("/loss")}
+        self._bar.set_postfix(losses)
+        if self._lines and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _LINE_EVERY
+            words = [f"step {step} of {self._training.steps}", *(f"{name} {value}" for name, value in losses.items())]
+            _logger.info("%s, %.3g steps/s", ", ".join(words), rates["time/steps_per_second"])
         if worst >= self._training.max_nonfinite:
             raise DivergenceError(
                 f"step {step}: {worst} updates in a row had a loss or gradient that is not finite "

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vidar.attention.visibility import Bidirectional
 from vidar.config import to_dict
 from vidar.data.pipeline import DataConfig, make_dataset
 from vidar.errors import ConfigError
@@ -19,6 +20,7 @@ from vidar.models.flops import PATTERNS, shape_of, training_flops
 from vidar.models.layers import DiscreteActions
 from vidar.models.placement import logical_axes
 from vidar.models.text import byte_tokens
+from vidar.objectives.distillation import Distillation
 from vidar.objectives.ode_regression import OdeRegression
 from vidar.objectives.protocol import Role
 from vidar.pipeline import trained_pipeline
@@ -204,7 +206,13 @@ def _start(system: System, role: str, source: str) -> Any:
     """Weights that a role starts from; None for a random start."""
     if source == "init":
         return None
-    _, network = load(source, stored_role(source, role))
+    origin, network = load(source, stored_role(source, role))
+    distilled = isinstance(system.objective, Distillation)
+    if role == "teacher" and distilled and not isinstance(origin.config.visibility, Bidirectional):
+        raise ConfigError(
+            f"objective.teacher: {source!r} was trained with visibility {origin.config.visibility.kind!r}; it has to "
+            "judge whole clips, so give one that was trained with 'bidirectional'"
+        )
     stored, wanted = _shape(network.config), _shape(system.model_config(role))
     for entry in fields(DiTConfig):
         theirs, ours = getattr(stored, entry.name), getattr(wanted, entry.name)
