@@ -3,7 +3,7 @@
 Paper: the ablation of Self Forcing (arXiv 2506.08009, table 2), here as an action-conditioned world model.
 Data: `vidar data doom --output data/doom`
 Command: `vidar ablate configs/ablations/doom.py --output runs/ablations/doom`
-Hardware: 2 CPU cores; resumable after any stop.
+Hardware: one CPU core, an hour; resumable after any stop.
 Metric: sharpness error past the training length, under the recorded actions: self forcing below teacher forcing.
 
 All students start from one that teacher forcing trained without any noise on its context, and spend the same number of

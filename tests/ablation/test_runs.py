@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tests.ablation.small import finished, loaded, start, written
-from vidar.ablation.findings import gather
+from vidar.ablation.findings import Findings, gather
 from vidar.ablation.report import write_report
+from vidar.ablation.words import contrast_in_words, number
 from vidar.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -101,6 +102,20 @@ def test_report_holds_every_cell_and_nothing_from_elsewhere(whole, card):
     assert (findings.contrast.seeds, findings.contrast.clips) == (2, 3)
     assert [harm.amount for harm in findings.harms] == [0.5, 1.0]
     assert "objective.kind | " in text
+
+
+def test_a_winner_that_a_frozen_frame_equals_is_called_so(whole, card, monkeypatch):
+    findings = gather(loaded(card), whole[0])
+    contrast = findings.grid.ablation.contrast
+    (winner,) = (cell for cell in findings.grid.cells if cell.name in contrast.better)
+    found = findings.estimate((winner,), contrast.span, contrast.metric)
+    assert found is not None
+    direction = findings.grid.ablation.evaluation.directions[contrast.metric]
+    for better, said in ((0.01, True), (0.0, True), (-0.01, False)):
+        still = {contrast.span: {contrast.metric: found.mean + better * direction}}
+        monkeypatch.setattr(Findings, "repeated", lambda findings, still=still: still)
+        words = f"Caution: repeating the last given frame has {number(found.mean + better * direction)}, "
+        assert any(one.startswith(words) for one in contrast_in_words(findings)) == said
 
 
 def test_killed_and_restarted_it_loses_only_the_running_cell(whole, card, tmp_path):

@@ -95,6 +95,14 @@ class Findings:
         """Mean over clips and cells of a metric at each frame after the given ones, `[s, f]`."""
         return self.by_seed(cells, lambda metrics: np.asarray(metrics["as trained"]["curves"][metric]["mean"]))
 
+    def repeated(self) -> dict[str, dict[str, float]]:
+        """Metrics of repeating the last given frame, by span and metric."""
+        evaluation, truth = self.grid.ablation.evaluation, read_truth(self.layout)
+        video = truth.pixels.copy()
+        video[:, evaluation.given :] = video[:, evaluation.given - 1 : evaluation.given]
+        spans = evaluation.measure({VIDEO: video}, truth)["spans"]
+        return {span: {name: float(np.mean(value)) for name, value in values.items()} for span, values in spans.items()}
+
 
 def gather(grid: Grid, output: Path) -> Findings:
     """Reads what is done.

@@ -8,11 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vidar.ablation.figures import animate, plot_curves, sheet
 from vidar.ablation.findings import Findings, Key, videos
-from vidar.ablation.measures import VIDEO
 from vidar.ablation.pages import Block, Details, Heading, Paragraph, Picture, Table, write_pages
 from vidar.ablation.words import (
     ABSENT,
@@ -23,7 +20,7 @@ from vidar.ablation.words import (
     paired_text,
     summary,
 )
-from vidar.ablation.worker import CIRCUMSTANCES, read_truth
+from vidar.ablation.worker import CIRCUMSTANCES
 
 _WIDTH = 3
 
@@ -109,7 +106,7 @@ def _made_stages(findings: Findings) -> list[dict[str, Any]]:
 
 def _results(findings: Findings) -> list[Block]:
     evaluation = findings.grid.ablation.evaluation
-    baseline = _repeated(findings)
+    baseline = findings.repeated()
     blocks: list[Block] = []
     for span in evaluation.measured:
         metrics = evaluation.metrics_of(span)
@@ -125,16 +122,6 @@ def _results(findings: Findings) -> list[Block]:
             Table(("", *map(_titled(evaluation), metrics)), rows, f"{words}. Mean [95 % interval over seeds].")
         )
     return blocks
-
-
-def _repeated(findings: Findings) -> dict[str, dict[str, float]]:
-    """Metrics of repeating the last given frame, by span and metric."""
-    evaluation = findings.grid.ablation.evaluation
-    truth = read_truth(findings.layout)
-    video = truth.pixels.copy()
-    video[:, evaluation.given :] = video[:, evaluation.given - 1 : evaluation.given]
-    spans = evaluation.measure({VIDEO: video}, truth)["spans"]
-    return {span: {name: float(np.mean(value)) for name, value in values.items()} for span, values in spans.items()}
 
 
 def _titled(evaluation: Any) -> Any:

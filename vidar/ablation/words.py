@@ -62,7 +62,22 @@ def contrast_in_words(findings: Findings) -> list[str]:
         f"below {result.smallest_probability:.3g}). Sign test over the clips, which speaks of these trained networks "
         f"only: p = {result.clip_probability:.3g}, {result.clips_above} of {result.clips} clips above zero."
     )
-    return [claim, numbers, _verdict(result, direction)]
+    return [claim, numbers, _verdict(result, direction), *_caution(findings, direction)]
+
+
+def _caution(findings: Findings, direction: int) -> list[str]:
+    """A sentence where a picture that stands still does as well as the winner."""
+    contrast = findings.grid.ablation.contrast
+    still = findings.repeated().get(contrast.span, {}).get(contrast.metric)
+    winner = findings.estimate(
+        tuple(cell for cell in findings.grid.cells if cell.name in contrast.better), contrast.span, contrast.metric
+    )
+    if still is None or winner is None or (winner.mean - still) * direction > 0:
+        return []
+    return [
+        f"Caution: repeating the last given frame has {number(still)}, {' and '.join(contrast.better)} "
+        f"{number(winner.mean)}: this metric alone does not tell a good rollout."
+    ]
 
 
 def _verdict(result: Paired, direction: int) -> str:
