@@ -2,7 +2,7 @@
 
 Paper: the teacher-forcing baseline of Self Forcing (arXiv 2506.08009, section 3), here from text.
 Data: `vidar data world --config captioned --directory data/world --clips 16000 --frames 8`
-Command: `vidar train --config configs/captions/teacher_forcing.py --workdir runs/captions_start`, and as long again from there:
+Command: `vidar train --config configs/captions/teacher_forcing.py --workdir runs/captions_start`, and as long again:
     `vidar train --config configs/captions/teacher_forcing.py --config.objective.start=runs/captions_start
     --workdir runs/captions_teacher_forcing`
 Hardware: 2 CPU cores, an hour each; 16 tokens a frame, 8 frames a clip.

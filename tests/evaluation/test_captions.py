@@ -54,6 +54,7 @@ def two_shapes():
 
 WRONG = {
     "count": ("count", "colours", "kinds", "order"),
+    "twice": ("count",),
     "colours": ("colours", "kinds", "order"),
     "kinds": ("kinds",),
     "order": ("order",),
@@ -78,6 +79,15 @@ def test_each_fact_is_judged_by_itself(mistake):
         "kinds": {"kind": np.array([BALL, TRIANGLE])},
     }.get(mistake, {})
     shown = replace(states, position=position, **changes)
+    if mistake == "twice":  # a second ball of the same red, for two frames
+        there = np.isin(np.arange(8), (2, 3))
+        ball = np.where(there[:, None], [14.0, 6.0], 99.0)
+        shown = States(
+            np.concatenate([position, ball[:, None]], axis=1),
+            np.array([BALL, SQUARE, BALL]),
+            np.array([RED, BLUE, RED]),
+            np.concatenate([states.present, there[:, None]], axis=1),
+        )
     result = accuracy(render(CAPTIONED, shown)[None], [text])
     for name in ("count", "colours", "kinds", "order", "verbs"):
         assert bool(getattr(result, name)[0]) == (name not in WRONG.get(mistake, ())), name

@@ -121,7 +121,7 @@ def _write(options: argparse.Namespace, pipeline: Any, prompt: str | None, path:
         raise ConfigError(f"--given={options.given}: this model begins with an image alone; leave it out")
     if options.first is not None and model.image is not None:
         shown["image"] = np.repeat(read_video(options.first)[:1], options.clips, axis=0)
-    elif count is not None:
+    elif options.first is not None and count is not None:
         if frames <= count:
             raise ConfigError(f"--frames={frames} must be above --given={count}: it counts given frames, too")
         first = given_frames(options.first, count, video.height, video.width, exact=model.text is None)

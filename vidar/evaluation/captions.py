@@ -36,7 +36,7 @@ class Accuracy:
     """Which facts of the captions the clips show, bool `[b]` each.
 
     Attributes:
-        count: As many shapes as named.
+        count: As many shapes as named, two of one colour counted twice.
         colours: Shapes of the named colours and of no others.
         kinds: The shape of each named colour is of its named kind.
         order: The shapes there from the beginning are those named so, and the others enter in the named order.
@@ -103,7 +103,8 @@ def seen(clip: np.ndarray) -> tuple[world.Clause, ...]:
         clip: uint8 `[f, h, w, 3]` of the captioned world.
 
     Returns:
-        What its caption says, or would say; nothing where no shape is seen.
+        What its caption says, or would say; nothing where no shape is seen. Where there is a second shape of one
+        colour, which no caption has, its clause is there twice.
     """
     reading = world.read(clip, world.CAPTIONED)
     colours = np.flatnonzero(reading.present.sum(axis=0) >= _LEAST_FRAMES)
@@ -113,7 +114,9 @@ def seen(clip: np.ndarray) -> tuple[world.Clause, ...]:
     weight = np.where(present, reading.confidence[:, colours], 0.0)
     votes = np.stack([np.where(reading.kind[:, colours] == kind, weight, 0.0).sum(0) for kind in range(3)])
     states = world.States(reading.position[:, colours], votes.argmax(axis=0), colours, present)
-    return world.clauses(states)
+    doubled = colours[reading.twice[:, colours].sum(axis=0) >= _LEAST_FRAMES]
+    clauses = world.clauses(states)
+    return (*clauses, *(clause for clause in clauses if clause.colour in doubled))
 
 
 def _agree(found: Sequence[world.Clause], wanted: Sequence[world.Clause]) -> tuple[bool, ...]:
@@ -132,4 +135,4 @@ def _agree(found: Sequence[world.Clause], wanted: Sequence[world.Clause]) -> tup
 def _order(clauses: Sequence[world.Clause]) -> tuple[frozenset[int], list[int]]:
     """Colours that are there from the beginning, and the others as they enter."""
     there = frozenset(clause.colour for clause in clauses if clause.verb != world.ENTERS)
-    return there, [clause.colour for clause in clauses if clause.verb == world.ENTERS]
+    return there, list(dict.fromkeys(clause.colour for clause in clauses if clause.verb == world.ENTERS))

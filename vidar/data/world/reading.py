@@ -30,6 +30,7 @@ class Reading:
         area: float64 `[f, k]`, covered area, in areas of a whole shape.
         present: bool `[f, k]`, whether there is a shape of that colour.
         confidence: float64 `[f, k]` in [0, 1], correlation of what is seen with the rendered kind.
+        twice: bool `[f, k]`, whether the colour covers a shape's area away from that shape, too.
     """
 
     position: np.ndarray
@@ -37,6 +38,7 @@ class Reading:
     area: np.ndarray
     present: np.ndarray
     confidence: np.ndarray
+    twice: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Comparison:
 
 
 def read(frames: np.ndarray, config: WorldConfig) -> Reading:
-    """Finds at most one shape of each colour in each frame.
+    """Finds the largest shape of each colour in each frame, and whether there is another.
 
     Args:
         frames: uint8 `[f, size, size, 3]`, of any number of clips one after another.
@@ -112,7 +114,7 @@ def _read(frames: np.ndarray, config: WorldConfig) -> tuple[np.ndarray, ...]:
     """The fields of a `Reading`."""
     shape = (len(frames), len(COLOURS))
     position, kind = np.full((*shape, 2), np.nan), np.full(shape, -1)
-    area, confidence = np.zeros(shape), np.zeros(shape)
+    area, confidence, twice = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
     whole = np.pi * config.radius**2
     margin = patch_size(config)
     cover_fkhw = _explain(frames)
@@ -125,11 +127,12 @@ def _read(frames: np.ndarray, config: WorldConfig) -> tuple[np.ndarray, ...]:
     corner, offset = patch_corner(config, centre)
     patch = cover_ehw[patch_index(config, corner)]
     area[seen] = patch.sum(axis=(1, 2)) / whole
+    twice[seen] = cover_ehw.sum(axis=(1, 2)) / whole - area[seen] >= LEAST_AREA
     kind[seen], confidence[seen] = _match(patch, offset, config)
     position[seen] = centre - margin
     present = area >= LEAST_AREA
     position[~present], kind[~present] = np.nan, -1
-    return position, kind, area, present, np.where(present, confidence, 0.0)
+    return position, kind, area, present, np.where(present, confidence, 0.0), twice
 
 
 def _explain(frames: np.ndarray) -> np.ndarray:
