@@ -32,7 +32,7 @@ def test_mistakes_are_told_before_anything_starts(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="seed=-1 must be at least 0"):
         record(tmp_path, seed=-1)
     monkeypatch.setattr(doom.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'vidar\[doom\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[doom\]'"):
         record(tmp_path)
     assert not list(tmp_path.iterdir())
 

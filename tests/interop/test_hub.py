@@ -150,5 +150,5 @@ def test_interruptions_pass(monkeypatch):
 
 def test_without_its_client_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match=r"pip install 'vidar\[hub\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[hub\]'"):
         local_folder("owner/name")

@@ -134,7 +134,7 @@ def test_special_tokens_in_other_places_are_refused(tmp_path):
 @pytest.mark.parametrize("library", ["ftfy", "tokenizers", "sentencepiece"])
 def test_a_missing_library_names_the_extra(monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ConfigError, match=rf"need {library}: pip install 'vidar\[text\]'"):
+    with pytest.raises(ConfigError, match=rf"need {library}: pip install -e '\.\[text\]'"):
         clean("a") if library == "ftfy" else Tokenizer(golden.FOLDER / FORMS[library == "sentencepiece"])
 
 

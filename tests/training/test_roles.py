@@ -233,7 +233,7 @@ def test_prompts_alone_are_enough_for_self_forcing(tmp_path):
     fields = {"model": written, "visibility": {"kind": "chunk_causal"}, "plan": {}, "solver": {"kind": "few_step"}}
     config = built(**fields)
     start, teacher = network(config.model, 0), network(config.model, 1)
-    systems = dict.fromkeys(("student", "teacher"), portable_dict(config))
+    systems = {"student": portable_dict(config), "teacher": portable_dict(built(model=written))}
     save_weights(weights, {"student": start, "teacher": teacher}, {"systems": systems})
     (tmp_path / "prompts.txt").write_text("a red ball\na blue square\n")
     objective = {
