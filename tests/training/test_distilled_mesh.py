@@ -41,7 +41,8 @@ def test_a_run_on_eight_devices_equals_that_on_one(tmp_path, run_python):
     config = built(**FIELDS)
     weights = tmp_path / "start.safetensors"
     networks = {"student": network(config.model, 0), "teacher": network(config.model, 1)}
-    save_weights(weights, networks, {"systems": dict.fromkeys(networks, portable_dict(config))})
+    systems = {"student": portable_dict(config), "teacher": portable_dict(built(model=SHAPE))}
+    save_weights(weights, networks, {"systems": systems})
     one = run(weights, tmp_path / "one")
     (tmp_path / "eight").mkdir()
     code = f"""
