@@ -223,6 +223,18 @@ def test_an_objective_from_elsewhere_trains_by_its_import_path(tmp_path):
     assert type(system.objective).__name__ == "Quadratic"
 
 
+@dataclass(frozen=True)
+class Loss:
+    """No objective: it says neither which networks it needs nor when they are trained."""
+
+    weight: float = 1.0
+
+
+def test_a_class_that_is_no_objective_is_refused():
+    with pytest.raises(ConfigError, match="objective: Loss has no roles; vidar/objectives/protocol.py says"):
+        make_run(built(objective={"kind": f"{__name__}:Loss"}))
+
+
 TEXT = {"width": 8, "length": 12, "encoder": {"layers": 1, "heads": 1, "mlp": 8}}
 
 

@@ -57,6 +57,11 @@ def check_choices(config: SystemConfig, sampler: Sampler) -> None:
 
 def _check_objective(config: SystemConfig, sampler: Sampler) -> None:
     objective, pattern = config.objective, config.visibility
+    for name in ("roles", "init_aux", "phases", "loss"):
+        if not hasattr(objective, name):
+            raise ConfigError(
+                f"objective: {type(objective).__name__} has no {name}; vidar/objectives/protocol.py says what it needs"
+            )
     beside = getattr(objective, "beside", False)
     if isinstance(objective, Objectives) and beside != isinstance(pattern, TeacherForcing):
         raise ConfigError(
