@@ -113,7 +113,7 @@ def test_a_winner_that_a_frozen_frame_equals_is_called_so(whole, card, monkeypat
     direction = findings.grid.ablation.evaluation.directions[contrast.metric]
     for better, said in ((0.01, True), (0.0, True), (-0.01, False)):
         still = {contrast.span: {contrast.metric: found.mean + better * direction}}
-        monkeypatch.setattr(Findings, "repeated", lambda findings, still=still: still)
+        monkeypatch.setattr(Findings, "repeated", still)
         words = f"Caution: repeating the last given frame has {number(found.mean + better * direction)}, "
         assert any(one.startswith(words) for one in contrast_in_words(findings)) == said
 

@@ -5,6 +5,7 @@ Reads the directories of finished cells and sums them up; it must not know how c
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class Findings:
         """Mean over clips and cells of a metric at each frame after the given ones, `[s, f]`."""
         return self.by_seed(cells, lambda metrics: np.asarray(metrics["as trained"]["curves"][metric]["mean"]))
 
+    @cached_property
     def repeated(self) -> dict[str, dict[str, float]]:
         """Metrics of repeating the last given frame, by span and metric."""
         evaluation, truth = self.grid.ablation.evaluation, read_truth(self.layout)

@@ -106,7 +106,7 @@ def _made_stages(findings: Findings) -> list[dict[str, Any]]:
 
 def _results(findings: Findings) -> list[Block]:
     evaluation = findings.grid.ablation.evaluation
-    baseline = findings.repeated()
+    baseline = findings.repeated
     blocks: list[Block] = []
     for span in evaluation.measured:
         metrics = evaluation.metrics_of(span)

@@ -68,7 +68,7 @@ def contrast_in_words(findings: Findings) -> list[str]:
 def _caution(findings: Findings, direction: int) -> list[str]:
     """A sentence where a picture that stands still does as well as the winner."""
     contrast = findings.grid.ablation.contrast
-    still = findings.repeated().get(contrast.span, {}).get(contrast.metric)
+    still = findings.repeated.get(contrast.span, {}).get(contrast.metric)
     winner = findings.estimate(
         tuple(cell for cell in findings.grid.cells if cell.name in contrast.better), contrast.span, contrast.metric
     )
