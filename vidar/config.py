@@ -10,7 +10,7 @@ import difflib
 import importlib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -84,6 +84,24 @@ def to_dict(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ConfigError(f"a configuration holds plain values only, not {type(value).__name__} {value!r}")
+
+
+def differences(saved: Any, given: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Compares two values made of dictionaries and what JSON can say.
+
+    Args:
+        saved: One of them.
+        given: The other; a key that either lacks counts as None.
+        path: Path of both inside the whole.
+
+    Yields:
+        Path of a place where they differ, such as `"model.width"`, and what each has there.
+    """
+    if isinstance(saved, dict) and isinstance(given, dict):
+        for key in dict.fromkeys([*saved, *given]):
+            yield from differences(saved.get(key), given.get(key), f"{path}.{key}" if path else key)
+    elif saved != given:
+        yield path or "everything", saved, given
 
 
 def import_path(path: str, where: str = "config") -> Any:

@@ -194,7 +194,7 @@ def test_preparing_again_does_nothing_or_refuses(world):
     files = {path: path.stat().st_mtime_ns for path in world.rglob("*.array_record*")}
     prepare(world, clips=96, validation_clips=8, frames=12)
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="clips.train=96 instead of 97"):
         prepare(world, clips=97, validation_clips=8, frames=12)
     with pytest.raises(ConfigError, match="known are one_shape, shapes"):
         prepare(world, "no_shape")

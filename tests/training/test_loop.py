@@ -129,6 +129,14 @@ def test_another_run_does_not_go_on_in_its_place(tmp_path):
     assert int(train(replace(run, meta={"identity": identity}), tmp_path).step) == 12
 
 
+def test_what_changed_since_the_last_start_is_said(tmp_path, caplog):
+    run = NOISY.run()
+    train(replace(run, meta={"run": {"batch": 4}}, training=replace(run.training, steps=3)), tmp_path)
+    with caplog.at_level(logging.INFO, "vidar"):
+        train(replace(run, meta={"run": {"batch": 8}}), tmp_path)
+    assert [text for text in caplog.messages if text.startswith("changed: ")] == ["changed: batch=8, was 4"]
+
+
 def test_resuming_in_the_middle_of_a_row(tmp_path):
     """The generator's only update of the row lies before the restart."""
     toy = Toy(objective=replace(NOISY.objective, every=50), training=replace(NOISY.training, log_every=9, steps=9))

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vidar.config import differences
 from vidar.errors import CheckpointError, ConfigError, make_directory
 from vidar.evaluation.writing import replaced
 
@@ -90,24 +91,11 @@ def settle(path: Path, document: Any, what: str) -> None:
         make_directory(path.parent)
         write_json(path, {"fingerprint": fingerprint(document), "config": document})
         return
-    found = difference(read_json(path, ["config"])["config"], document)
-    if found is not None:
+    for place, before, now in differences(read_json(path, ["config"])["config"], document):
         raise ConfigError(
-            f"{path}: holds {what} with {found[0]}={_short(found[1])}, now {_short(found[2])}: "
+            f"{path}: holds {what} with {place}={_short(before)}, now {_short(now)}: "
             "go on with the same card, or give another --output"
         )
-
-
-def difference(saved: Any, given: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first place where two plain values differ, with both values there; None where they are equal."""
-    if isinstance(saved, dict) and isinstance(given, dict):
-        for key in dict.fromkeys([*saved, *given]):
-            found = difference(saved.get(key), given.get(key), f"{path}.{key}" if path else str(key))
-            if found is not None:
-                return found
-        # A key that is absent on one side and None on the other.
-        return None if saved.keys() == given.keys() else (path, sorted(saved), sorted(given))
-    return None if saved == given else (path or "everything", saved, given)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ _logger = logging.getLogger("vidar")
 
 CLIPS = 32
 TRAINED = 8
+STEPS = 400
 STREAMED = 264
 SHIPPED = "world.safetensors"
 
@@ -60,8 +61,8 @@ def _tour(output: Path, options: argparse.Namespace) -> None:
 
     quiet = {"training.save_every": 10_000, "training.eval_every": 10_000, "training.sample_every": 10_000}
     length = {
-        "training.steps": 400,
-        "optimizers.student.decay_steps": 400,
+        "training.steps": STEPS,
+        "optimizers.student.decay_steps": STEPS,
         "training.max_seconds": 60 * options.minutes,
     }
     few = {"training.steps": 11, "training.log_every": 5}
@@ -70,7 +71,7 @@ def _tour(output: Path, options: argparse.Namespace) -> None:
     scratch = _compose("world/teacher_forcing", output / "data", **quiet, **length)
     forced = _compose("systems/self_forcing_dmd", output / "data", **quiet, **few, **weights)
     _banner(2, f"teacher forcing from scratch, at most {options.minutes:g} minutes")
-    _train(scratch, output / "scratch", anew=True)
+    done = _train(scratch, output / "scratch", anew=True)
     _banner(3, "a few self-forcing updates from the shipped student and teacher")
     _train(forced, output / "self_forcing", anew=True)
 
@@ -80,6 +81,8 @@ def _tour(output: Path, options: argparse.Namespace) -> None:
               (("from scratch", output / "scratch"), ("shipped", shipped()))}  # fmt: skip
     _banner(5, "comparison with the simulated truth")
     _show(output, videos, truth)
+    more = "" if done == STEPS else "; with a larger --minutes it gets all of them"
+    print(f"from scratch is a model of {done} of {STEPS} steps, from at most {options.minutes:g} minutes{more}")
 
 
 def _compose(card: str, data: Path, **overrides: Any) -> Any:
@@ -91,16 +94,21 @@ def _compose(card: str, data: Path, **overrides: Any) -> Any:
     return make_run(config)
 
 
-def _train(run: Any, workdir: Path, anew: bool = False) -> None:
-    """Trains, from the beginning or from where it stopped; ends the command where SIGTERM ended the training."""
+def _train(run: Any, workdir: Path, anew: bool = False) -> int:
+    """Trains, from the beginning or from where it stopped; returns the steps done.
+
+    Ends the command where SIGTERM ended the training.
+    """
     import shutil
 
     from vidar.training.loop import is_complete, train
 
     if anew:
         shutil.rmtree(workdir, ignore_errors=True)
-    if not is_complete(run, train(run, workdir)):
+    state = train(run, workdir)
+    if not is_complete(run, state):
         raise KeyboardInterrupt
+    return int(state.step)
 
 
 def _card(name: str) -> Path:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vidar.config import differences
 from vidar.data.video import decode_video, encode_video
 from vidar.errors import ConfigError, DataError, make_directory
 
@@ -156,12 +157,12 @@ class EpisodeWriter:
             if not path.exists():
                 continue
             manifest = _read_manifest(path)
-            for key, ours in self._header.items():
-                if manifest[key] != ours:
-                    raise DataError(
-                        f"{self.directory}: holds episodes with {key} {_difference(manifest[key], ours)}; "
-                        "choose another directory, or delete this one"
-                    )
+            stored = {key: manifest[key] for key in self._header}
+            for place, theirs, ours in differences(stored, self._header):
+                raise DataError(
+                    f"{self.directory}: holds episodes with {place}={theirs!r} instead of {ours!r}; choose another "
+                    "directory, or delete this one"
+                )
             shards |= {shard["file"]: shard for shard in manifest["shards"]}
         sizes = {path.name: path.stat().st_size for path in self.directory.glob("*.array_record")}
         return {name: shard for name, shard in shards.items() if sizes.get(name) == shard["bytes"]}
@@ -319,13 +320,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise DataError(f"{path}: not a manifest of schema {SCHEMA}")
     return manifest
-
-
-def _difference(theirs: Any, ours: Any) -> str:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-        return ", ".join(f"{key}={theirs.get(key)!r} instead of {ours.get(key)!r}" for key in keys)
-    return f"{theirs!r} instead of {ours!r}"
 
 
 def _checksum(path: Path) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vidar.config import differences
 from vidar.data.records import ActionSpec
 from vidar.errors import DataError, check_range, make_directory
 
@@ -93,11 +94,10 @@ class TrajectoryWriter:
         path = self.directory / MANIFEST
         if not path.exists():
             _publish(path, (json.dumps(form.plain, indent=1) + "\n").encode())
-        known = _read_manifest(self.directory)
-        if known != form.plain:
+        for place, theirs, ours in differences(_read_manifest(self.directory), form.plain):
             raise DataError(
-                f"{self.directory}: holds trajectories made with {_difference(known, form.plain)}; choose another "
-                "directory, or delete this one"
+                f"{self.directory}: holds trajectories made with {place}={theirs!r} instead of {ours!r}; choose "
+                "another directory, or delete this one"
             )
         for part in self.directory.glob("*.part"):
             with suppress(OSError):  # its writer, or another process like this one, may be faster
@@ -252,17 +252,6 @@ def _publish(path: Path, content: bytes) -> None:
         ) from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str = "") -> str:
-    """The first setting that differs, in words."""
-    for key in dict.fromkeys((*ours, *theirs)):
-        old, new = theirs.get(key), ours.get(key)
-        if old != new and isinstance(old, dict) and isinstance(new, dict):
-            return _difference(old, new, f"{where}{key}.")
-        if old != new:
-            return f"{where}{key}={old!r} instead of {new!r}"
-    return "the same settings"
 
 
 def _damaged(path: Path, reason: object) -> DataError:

@@ -4,6 +4,7 @@ Each forcing turns a batch into videos that are differentiable in the student, a
 must not know what the videos are compared with.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from vidar.attention.visibility import CLEAN, Layout, Without
 from vidar.diffusion import flow
+from vidar.diffusion.levels import fopp_discrete
 from vidar.errors import check_range
 from vidar.models.frames import Batch, Conditions, Frames
 from vidar.objectives import targets
@@ -171,10 +173,23 @@ class _Parallel:
 
     def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
         """Denoises each clip of the batch in one pass; arguments as `SelfForcing.generate`."""
-        noisy, given = _noised(batch, axes, key_b, self.given)
+        noisy, given = self._noised(batch, axes, key_b)
         output = student(self._streams(noisy, batch, axes), batch.conditions, visibility=axes.visibility)
         video = flow.to_x0(student.config.prediction, output.predictions[-1], noisy.latents, noisy.level)
         return Generated(video, batch.conditions, {}, given)
+
+    def _noised(self, batch: Batch, axes: Axes, key_b: jax.Array) -> tuple[Frames, int]:
+        """The batch with each chunk at a random level of the solver, its clean end included, and the given frames."""
+        layout = axes.layout(batch.latents.shape[1])
+        index = solver_indices(key_b, layout, axes.sampler.solver.steps + 1, self._draw)
+        chunk_of = jnp.asarray(layout.chunks, jnp.int32)
+        level = jnp.where(chunk_of[None] >= self.given, jnp.asarray(level_table(axes.sampler.solver))[index], 0.0)
+        noise = targets.clip_noise(targets.fold_each(key_b, 1), batch.latents.shape[1:])
+        return Frames(flow.interpolate(batch.latents, noise, level), level, layout), layout.chunks.index(self.given)
+
+    def _draw(self, key: jax.Array, chunks: int, count: int) -> jax.Array:
+        """Rows of the solver's table for the chunks of a clip."""
+        return independent_indices(key, chunks, count)
 
     def _streams(self, noisy: Frames, batch: Batch, axes: Axes) -> tuple[Frames, ...]:
         """What the network is shown; the noisy clip is last."""
@@ -183,9 +198,22 @@ class _Parallel:
 
 @dataclass(frozen=True)
 class DiffusionForcing(_Parallel):
-    """The past is as noisy as it comes, in one chunk-causal pass (CausVid, arXiv 2412.07772)."""
+    """The past is as noisy as it comes, in one chunk-causal pass (CausVid, arXiv 2412.07772).
+
+    Attributes:
+        levels: How noisy the chunks of a clip are: `"independent"` of each other, as in CausVid, or `"non_decreasing"`
+            (the law of AR-Diffusion, arXiv 2503.07418). A chunk made of noise between chunks that are nearly data
+            cannot know what follows it there, but is compared as if it did; where levels do not decrease, that never
+            happens, and what follows can be made to fit.
+    """
 
     kind: ClassVar[str] = "diffusion"
+    levels: Literal["independent", "non_decreasing"] = "independent"
+
+    def _draw(self, key: jax.Array, chunks: int, count: int) -> jax.Array:
+        if self.levels == "independent":
+            return super()._draw(key, chunks, count)
+        return count - 1 - fopp_discrete(key, chunks, count)  # the table's first row is noise
 
 
 @dataclass(frozen=True)
@@ -202,18 +230,18 @@ class TeacherForcing(_Parallel):
 Forcing = SelfForcing | DiffusionForcing | TeacherForcing
 
 
-def _noised(batch: Batch, axes: Axes, key_b: jax.Array, given: int) -> tuple[Frames, int]:
-    """The batch with each chunk at a random level of the solver, its clean end included, and the given frames."""
-    layout = axes.layout(batch.latents.shape[1])
-    index = solver_indices(key_b, layout, axes.sampler.solver.steps + 1)
-    chunk_of = jnp.asarray(layout.chunks, jnp.int32)
-    level = jnp.where(chunk_of[None] >= given, jnp.asarray(level_table(axes.sampler.solver))[index], 0.0)
-    noise = targets.clip_noise(targets.fold_each(key_b, 1), batch.latents.shape[1:])
-    return Frames(flow.interpolate(batch.latents, noise, level), level, layout), layout.chunks.index(given)
+def independent_indices(key: jax.Array, chunks: int, count: int) -> jax.Array:
+    """Draws one of `count` indices for each chunk of a clip: int32 `[chunks]`."""
+    return jax.random.randint(key, (chunks,), 0, count)
 
 
-def solver_indices(key_b: jax.Array, layout: Layout, count: int) -> jax.Array:
-    """Draws one of `count` indices for each chunk, spread over its frames: int32 `[b, f]`."""
+def solver_indices(
+    key_b: jax.Array,
+    layout: Layout,
+    count: int,
+    draw: Callable[[jax.Array, int, int], jax.Array] = independent_indices,
+) -> jax.Array:
+    """Draws one of `count` indices for each chunk of each clip, spread over its frames: int32 `[b, f]`."""
     chunks = layout.chunks[-1] + 1
-    drawn = jax.vmap(lambda key: jax.random.randint(key, (chunks,), 0, count))(key_b)
+    drawn = jax.vmap(lambda key: draw(key, chunks, count))(key_b)
     return drawn[:, jnp.asarray(layout.chunks, jnp.int32)]

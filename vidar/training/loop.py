@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vidar.checkpoint import Checkpoints
+from vidar.config import differences
 from vidar.errors import CheckpointError, ConfigError
 from vidar.objectives.protocol import Objective, Phase
 from vidar.sharding import MeshConfig, Rules, make_mesh, shardings
@@ -71,7 +72,8 @@ class Run:
         sample: Likewise, for sample sheets.
         mesh: Sizes of the mesh axes.
         rules: Logical axes to mesh axes.
-        meta: Saved with every checkpoint; JSON. What is under `identity` must be the same when the run goes on.
+        meta: Saved with every checkpoint; JSON. What is under `identity` must be the same when the run goes on; what
+            changed under `run` is logged.
         flops_per_step: Counted FLOPs of one step on all devices, for the utilisation.
         tokens_per_step: Tokens of one step, for the throughput.
     """
@@ -394,17 +396,6 @@ def _meta(run: Run, frozen: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _first_difference(saved: Any, given: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Returns the first place where two configurations differ, with both values; None where one is not known."""
-    if not (isinstance(saved, dict) and isinstance(given, dict)):
-        return None if saved == given or not path else (path, saved, given)
-    for key in dict.fromkeys([*saved, *given]):
-        found = _first_difference(saved.get(key), given.get(key), f"{path}.{key}" if path else key)
-        if found is not None:
-            return found
-    return None
-
-
 def _restored(checkpoints: Checkpoints, program: Program, batches: Batches, meta: Any) -> TrainState | None:
     """Restores the newest whole checkpoint and moves the batches to it; None where there is none."""
     if checkpoints.latest() is None:
@@ -413,18 +404,20 @@ def _restored(checkpoints: Checkpoints, program: Program, batches: Batches, meta
     if program.abstract.ema:
         templates["ema"] = program.abstract.ema
     step, items = checkpoints.restore(None, templates)
-    changed = _first_difference(items["meta"].get("identity"), json.loads(json.dumps(meta.get("identity"))))
-    if changed is not None:
+    saved, given = items["meta"], json.loads(json.dumps(meta))
+    for path, before, now in differences(saved.get("identity"), given.get("identity")):
         raise ConfigError(
-            f"this directory holds a run with {changed[0]}={changed[1]}, now {changed[2]}: "
+            f"this directory holds a run with {path}={before}, now {now}: "
             "go on with the same card, or start in another directory (as objective.start, if its weights are wanted)"
         )
     for role, frozen in meta["frozen"].items():
-        saved = items["meta"]["frozen"].get(role)
-        if saved is None or saved["fingerprint"] != frozen["fingerprint"]:
+        trained = saved["frozen"].get(role)
+        if trained is None or trained["fingerprint"] != frozen["fingerprint"]:
             raise CheckpointError(
                 f"frozen role {role!r} is not the network that step {step} was trained with; "
-                f"give the same weights ({saved and saved['source']}), or start in another directory"
+                f"give the same weights ({trained and trained['source']}), or start in another directory"
             )
     _logger.info("continuing after step %d", step)
+    for path, before, now in differences(saved.get("run"), given.get("run")):
+        _logger.info("changed: %s=%s, was %s", path, now, before)
     return replace(items["state"], ema=items.get("ema", {}))

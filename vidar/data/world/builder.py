@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from vidar.config import differences
 from vidar.data.world import captioned
 from vidar.data.world.captions import caption
 from vidar.data.world.rendering import render
@@ -143,8 +144,12 @@ def prepare(
     )
     target = Path(builder.data_dir)
     make_directory(target.parent)
-    if builder.info.metadata["settings"] != json.dumps(builder.settings, sort_keys=True):
-        raise DataError(f"{target}: holds a set of other settings; choose another directory, or delete this one")
+    given = json.loads(json.dumps(builder.settings))
+    for path, theirs, ours in differences(json.loads(builder.info.metadata["settings"]), given):
+        raise DataError(
+            f"{target}: holds a set made with {path}={theirs!r} instead of {ours!r}; choose another directory, or "
+            "delete this one"
+        )
     tfds.disable_progress_bar()  # its bars count splits and shuffles; the one that matters is in _generate_examples
     try:
         # Its standard output would announce a download of unknown size.
