@@ -1,15 +1,16 @@
 """Where a student's videos come from: exits, gradients, long rollouts, hidden first chunks, parallel passes."""
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.networks import network
-from tests.objectives.parts import TEXT, Watched, axes, batch
+from tests.networks import CONFIG, network
+from tests.objectives.parts import TEXT, Answer, Watched, axes, batch
 from vidar.attention.cache import init_cache, write
 from vidar.attention.visibility import TeacherForcing as TeacherForcingPattern
 from vidar.attention.visibility import chunk_layout
@@ -259,3 +260,51 @@ def test_every_chunk_is_trained_at_every_level_of_the_solver_and_at_the_clean_en
         np.testing.assert_allclose(found, np.sort(STEPS.levels), atol=1e-6)
         assert counts.min() >= 15  # of 20, where the anchor of non-decreasing levels is here, and some more
     assert np.all(np.diff(chunks) >= 0) == (levels == "non_decreasing")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["scale"], meta_fields=["seen"])
+@dataclass(frozen=True)
+class Scaling:
+    """A network whose clean frames are what it is shown, times a number; it keeps the last that it was shown."""
+
+    scale: jax.Array
+    seen: list = field(default_factory=list, hash=False, compare=False)
+
+    @property
+    def config(self):
+        return replace(CONFIG, prediction="x0")
+
+    def __call__(self, streams, conditions, *, visibility):
+        self.seen[:] = streams
+        return Answer((self.scale * streams[0].latents,))
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_simulated_clips_are_what_the_student_made_of_noise_a_step_before(given):
+    forcing, student = DiffusionForcing(given=given, simulated=True), Scaling(jnp.float32(2))
+    data = batch(rows=240, frames=6)
+    generated = forcing.generate(student, data, AXES, KEY, keys(data))
+    (noisy,), table = student.seen, STEPS.levels
+    known, spread = given * AXES.sampler.chunk, 1.0  # of the noise, and then of what is made of it
+    np.testing.assert_allclose(noisy.latents[:, :known], data.latents[:, :known], atol=1e-6)
+    np.testing.assert_array_equal(noisy.level[:, :known], 0)
+    latents, level = np.asarray(noisy.latents)[:, known:], np.asarray(noisy.level)[:, known:]
+    for row in range(4):
+        here = latents[np.isclose(level, table[row])]
+        np.testing.assert_allclose([here.mean(), here.std()], [0, spread], atol=0.03 * spread)
+        if row < 3:
+            spread = np.hypot((1 - table[row + 1]) * 2 * spread, table[row + 1])
+    np.testing.assert_allclose(generated.video[:, known:], 2 * latents, atol=1e-5)
+    assert forcing.needs_clips == bool(given)
+
+
+def test_nothing_is_learned_through_the_simulation():
+    data = batch(frames=6)
+
+    def total(scale):
+        video = DiffusionForcing(simulated=True).generate(Scaling(scale), data, AXES, KEY, keys(data)).video
+        return jnp.sum(jnp.square(video))
+
+    value, slope = jax.value_and_grad(total)(jnp.float32(2))
+    # 2 value / scale; with what is shown, it would be several times that.
+    assert float(slope) == pytest.approx(float(value), rel=1e-5)

@@ -62,8 +62,7 @@ class Distillation:
     @property
     def needs_clips(self) -> bool:
         """Whether clips of data are needed beside their conditions."""
-        forced = isinstance(self.forcing, SelfForcing) and not self.forcing.given
-        return not forced or not self.matching.needs_teacher
+        return self.forcing.needs_clips or not self.matching.needs_teacher
 
     @property
     def frames(self) -> int | None:

@@ -73,6 +73,11 @@ class SelfForcing:
         check_range("forcing.given", self.given, least=0)
         check_range("forcing.frames", self.frames, least=1)
 
+    @property
+    def needs_clips(self) -> bool:
+        """Whether clips of data are needed beside their conditions."""
+        return self.given > 0
+
     def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
         """Generates a clip for each clip of the batch.
 
@@ -171,21 +176,29 @@ class _Parallel:
     def __post_init__(self) -> None:
         check_range("forcing.given", self.given, least=0)
 
+    @property
+    def needs_clips(self) -> bool:
+        """Data are what is noised."""
+        return True
+
     def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
         """Denoises each clip of the batch in one pass; arguments as `SelfForcing.generate`."""
-        noisy, given = self._noised(batch, axes, key_b)
+        layout, solver = axes.layout(axes.sampler.frames), axes.sampler.solver
+        index = solver_indices(key_b, layout, solver.steps + 1, self._draw)
+        given = layout.chunks.index(self.given)
+        level = jnp.asarray(level_table(solver))[index].at[:, :given].set(0.0)
+        noisy = Frames(self._noised(student, batch, axes, key_b, index, level), level, layout)
         output = student(self._streams(noisy, batch, axes), batch.conditions, visibility=axes.visibility)
-        video = flow.to_x0(student.config.prediction, output.predictions[-1], noisy.latents, noisy.level)
+        clean = flow.to_x0(student.config.prediction, output.predictions[-1], noisy.latents, noisy.level)
+        video = jnp.concatenate([noisy.latents[:, :given], clean[:, given:]], axis=1)
         return Generated(video, batch.conditions, {}, given)
 
-    def _noised(self, batch: Batch, axes: Axes, key_b: jax.Array) -> tuple[Frames, int]:
-        """The batch with each chunk at a random level of the solver, its clean end included, and the given frames."""
-        layout = axes.layout(batch.latents.shape[1])
-        index = solver_indices(key_b, layout, axes.sampler.solver.steps + 1, self._draw)
-        chunk_of = jnp.asarray(layout.chunks, jnp.int32)
-        level = jnp.where(chunk_of[None] >= self.given, jnp.asarray(level_table(axes.sampler.solver))[index], 0.0)
+    def _noised(
+        self, student: Any, batch: Batch, axes: Axes, key_b: jax.Array, index: jax.Array, level: jax.Array
+    ) -> jax.Array:
+        """Noised clips, each frame at its row `index` of the solver's table, which is `level`; given ones are clean."""
         noise = targets.clip_noise(targets.fold_each(key_b, 1), batch.latents.shape[1:])
-        return Frames(flow.interpolate(batch.latents, noise, level), level, layout), layout.chunks.index(self.given)
+        return flow.interpolate(batch.latents, noise, level)
 
     def _draw(self, key: jax.Array, chunks: int, count: int) -> jax.Array:
         """Rows of the solver's table for the chunks of a clip."""
@@ -205,10 +218,42 @@ class DiffusionForcing(_Parallel):
             (the law of AR-Diffusion, arXiv 2503.07418). A chunk made of noise between chunks that are nearly data
             cannot know what follows it there, but is compared as if it did; where levels do not decrease, that never
             happens, and what follows can be made to fit.
+        simulated: Whether the clips that are noised are the student's own, denoised whole in all of the solver's steps,
+            and not data: then it learns to mend its own mistakes (backward simulation, DMD2, arXiv 2405.14867, section
+            4.5).
     """
 
     kind: ClassVar[str] = "diffusion"
     levels: Literal["independent", "non_decreasing"] = "independent"
+    simulated: bool = False
+
+    @property
+    def needs_clips(self) -> bool:
+        """Data are what is noised, or given."""
+        return not self.simulated or self.given > 0
+
+    def _noised(
+        self, student: Any, batch: Batch, axes: Axes, key_b: jax.Array, index: jax.Array, level: jax.Array
+    ) -> jax.Array:
+        if not self.simulated:
+            return super()._noised(student, batch, axes, key_b, index, level)
+        frozen, sampler = jax.lax.stop_gradient(student), axes.sampler
+        layout, table = axes.layout(sampler.frames), jnp.asarray(level_table(sampler.solver))
+        shape, given = (sampler.frames, *sampler.latent), layout.chunks.index(self.given)
+        data = batch.latents if given else jnp.zeros((len(index), *shape), jnp.float32)
+
+        def denoised(clean: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+            at = jnp.broadcast_to(table[row], level.shape).at[:, :given].set(0.0)
+            noise = targets.clip_noise(targets.fold_each(key_b, 1 + row), shape)
+            noisy = Frames(flow.interpolate(clean, noise, at), at, layout)
+            prediction = frozen((noisy,), batch.conditions, visibility=axes.visibility).predictions[-1]
+            clean = flow.to_x0(frozen.config.prediction, prediction, noisy.latents, at)
+            return jnp.concatenate([data[:, :given], clean[:, given:]], axis=1), noisy.latents
+
+        clean, stages = jax.lax.scan(denoised, data, jnp.arange(sampler.solver.steps))
+        stages = jnp.concatenate([stages, clean[None]])
+        rows, frames = jnp.arange(index.shape[0])[:, None], jnp.arange(index.shape[1])
+        return jax.lax.stop_gradient(stages[index, rows, frames])
 
     def _draw(self, key: jax.Array, chunks: int, count: int) -> jax.Array:
         if self.levels == "independent":

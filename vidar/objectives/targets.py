@@ -25,8 +25,8 @@ def clip_noise(key_b: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, 
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(key_b)
 
 
-def fold_each(key_b: Key[Array, " b"], data: int) -> Key[Array, " b"]:
-    """Folds a constant into each clip's key."""
+def fold_each(key_b: Key[Array, " b"], data: int | jax.Array) -> Key[Array, " b"]:
+    """Folds a number into each clip's key."""
     return jax.vmap(lambda key: jax.random.fold_in(key, data))(key_b)
 
 
