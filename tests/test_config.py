@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import pytest
 from ml_collections import ConfigDict
 
-from vidar.config import build, import_path, load, to_dict
+from vidar.config import build, differences, import_path, load, to_dict
 from vidar.errors import ConfigError
 
 
@@ -240,3 +240,13 @@ def test_load_refuses_what_is_not_a_card(tmp_path):
             load(path)
         assert "bad.py" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_differences_name_every_place_and_both_values():
+    saved = {"model": {"width": 8, "heads": 2}, "times": [1, 2], "old": 3, "none": None}
+    given = {"model": {"width": 16, "heads": 2}, "times": [1, 3], "new": {"a": 4}}
+    assert sorted(differences(saved, given)) == [
+        ("model.width", 8, 16), ("new", None, {"a": 4}), ("old", 3, None), ("times", [1, 2], [1, 3])
+    ]  # fmt: skip
+    assert list(differences(saved, saved)) == []
+    assert list(differences(1, 2)) == [("everything", 1, 2)]

@@ -114,7 +114,7 @@ def data(key, rows=256):
     return Batch(latents, Conditions(), jnp.arange(rows, dtype=jnp.int32))
 
 
-def train(objective, networks, axis, steps, rates):
+def train(objective, networks, axis, steps, rates, draw=data):
     """Trains as the driver does, phase by phase, and returns the student.
 
     Args:
@@ -123,6 +123,7 @@ def train(objective, networks, axis, steps, rates):
         axis: Axes.
         steps: Global steps, whole cycles of phases.
         rates: Learning rate by trained role, the student's falls to zero over the run.
+        draw: From a key to a batch of data.
     """
     roles = {role for role, choice in objective.roles.items() if choice.optimizer is not None}
     cycle = next(n for n in range(1, 20) if objective.phases(steps + n) == objective.phases(steps))
@@ -137,7 +138,7 @@ def train(objective, networks, axis, steps, rates):
     def phase(carry, step, name, role):
         trained, states = carry
         key = jax.random.fold_in(jax.random.key(7), step)
-        batch = data(jax.random.fold_in(key, len(name)))
+        batch = draw(jax.random.fold_in(key, len(name)))
 
         def loss(network):
             return objective.loss(name, {**networks, **trained, role: network}, (), axis, batch, step, key)[0]
@@ -158,3 +159,66 @@ def train(objective, networks, axis, steps, rates):
 
     with jax.numpy_dtype_promotion("standard"):
         return run((trained, states))[0]["student"]
+
+
+# ------------------------------------------------------------------------------------- two chunks that are correlated
+
+CORRELATION = 0.9
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["answers"])
+@dataclass(frozen=True)
+class Pair:
+    """A network for clips of two numbers, each a chunk; it knows a Gaussian, or maps noise to one in a single step.
+
+    As a denoiser, `values` are the Cholesky factor `(log l00, l10, log l11)`. As a student they are `(s, a, b, c, d)`:
+    the first chunk is `s` times its noise; the second is `a` times the first one's noise and `b` times its own, or,
+    after a first chunk that is clean, `c` times that and `d` times its own noise.
+    """
+
+    values: jax.Array
+    answers: str = "denoiser"
+
+    @property
+    def config(self):
+        return replace(CONFIG, layers=1, heads=1, width=16, channels=1, patch=1, prediction="x0")
+
+    def __call__(self, streams, conditions, *, visibility):
+        (stream,) = streams
+        x, level = stream.latents[..., 0, 0, 0], stream.level
+        clean = self._student(x, level) if self.answers == "student" else jax.vmap(self._posterior)(x, level)
+        return Answer((clean[..., None, None, None],), None, None)
+
+    def _posterior(self, x, level):
+        first, below, second = jnp.exp(self.values[0]), self.values[1], jnp.exp(self.values[2])
+        covariance = jnp.array([[first**2, first * below], [first * below, below**2 + second**2]])
+        scaled = covariance * (1 - level)[None]
+        return scaled @ jnp.linalg.solve((1 - level)[:, None] * scaled + jnp.diag(level**2), x)
+
+    def _student(self, x, level):
+        s, a, b, c, d = self.values
+        (first, second), (noise, later) = x.T, level.T == 1
+        made = jnp.where(noise, a * first + b * second, c * first + d * second)
+        return jnp.stack([jnp.where(noise, s * first, first), jnp.where(later, made, second)], axis=1)
+
+
+def pairs(key, rows=256):
+    """Standard normal pairs with `CORRELATION`."""
+    first, own = jax.random.normal(key, (2, rows))
+    second = CORRELATION * first + np.sqrt(1 - CORRELATION**2) * own
+    clips = jnp.stack([first, second], axis=1)[..., None, None, None]
+    return Batch(clips, Conditions(), jnp.arange(rows, dtype=jnp.int32))
+
+
+def variety_of_second_chunk(objective, steps):
+    """Variance of the second of two chunks, given the first, in what a student learned; and the true one."""
+    left = 1 - CORRELATION**2
+    networks = {
+        "student": Pair(jnp.array([0.3, 0.0, 0.3, 0.0, 0.3]), "student"),
+        "critic": Pair(jnp.zeros(3)),
+        "teacher": Pair(jnp.array([0.0, CORRELATION, 0.5 * np.log(left)], jnp.float32)),
+    }
+    plan = replace(sampler(frames=2, chunk=1, solver=FewStep((1000.0,))), latent=(1, 1, 1), tokens=1)
+    axis = Axes(LevelsConfig(), plan.visibility, plan)
+    student = train(objective, networks, axis, steps, {"student": 0.02, "critic": 0.03}, pairs)
+    return float(student.values[4] ** 2), left

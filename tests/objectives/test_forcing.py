@@ -295,6 +295,7 @@ def test_simulated_clips_are_what_the_student_made_of_noise_a_step_before(given)
         if row < 3:
             spread = np.hypot((1 - table[row + 1]) * 2 * spread, table[row + 1])
     np.testing.assert_allclose(generated.video[:, known:], 2 * latents, atol=1e-5)
+    np.testing.assert_allclose(generated.video[:, :known], data.latents[:, :known], atol=1e-6)
     assert forcing.needs_clips == bool(given)
 
 

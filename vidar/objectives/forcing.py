@@ -215,9 +215,9 @@ class DiffusionForcing(_Parallel):
 
     Attributes:
         levels: How noisy the chunks of a clip are: `"independent"` of each other, as in CausVid, or `"non_decreasing"`
-            (the law of AR-Diffusion, arXiv 2503.07418). A chunk made of noise between chunks that are nearly data
-            cannot know what follows it there, but is compared as if it did; where levels do not decrease, that never
-            happens, and what follows can be made to fit.
+            (the law of AR-Diffusion, arXiv 2503.07418). A chunk made of noise before one that is nearly data cannot
+            know what follows, but is compared as if it did, and videos lose variety; where levels do not decrease, that
+            never happens.
         simulated: Whether the clips that are noised are the student's own, denoised whole in all of the solver's steps,
             and not data: then it learns to mend its own mistakes (backward simulation, DMD2, arXiv 2405.14867, section
             4.5).
@@ -253,7 +253,7 @@ class DiffusionForcing(_Parallel):
         clean, stages = jax.lax.scan(denoised, data, jnp.arange(sampler.solver.steps))
         stages = jnp.concatenate([stages, clean[None]])
         rows, frames = jnp.arange(index.shape[0])[:, None], jnp.arange(index.shape[1])
-        return jax.lax.stop_gradient(stages[index, rows, frames])
+        return stages[index, rows, frames]
 
     def _draw(self, key: jax.Array, chunks: int, count: int) -> jax.Array:
         if self.levels == "independent":
