@@ -25,7 +25,7 @@ SMALL = (
     "model.mlp=32",
     "model.remat=False",
     "model.text.encoder.layers=1",
-    "solver.steps=2",
+    "solver.times=(1000.0,500.0)",
 )
 PROMPTS = ["a red ball falls", "a blue square moves left, then a magenta triangle enters"]
 
