@@ -1,10 +1,14 @@
 """Every experiment card composes, and says of itself what a person needs."""
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
 
 from vidar.ablation.card import load_ablation
+from vidar.config import differences
+from vidar.errors import ConfigError
 from vidar.training.experiment import abstract_run, checks, load_run_config
 
 CONFIGS = Path("configs")
@@ -34,6 +38,22 @@ def test_a_card_says_what_it_needs(path):
 @pytest.mark.parametrize("path", sorted((CONFIGS / "ablations").glob("*.py")), ids=str)
 def test_an_ablation_is_one(path):
     assert load_ablation(path).name == path.stem
+
+
+def test_a_run_goes_on_where_a_new_option_has_its_default():
+    run = abstract_run(load_run_config("configs/systems/causvid.py:world"))
+    saved = json.loads(json.dumps(dict(run.meta)))
+    assert not list(differences(run.identity(saved), run.identity(run.meta)))
+    older = copy.deepcopy(saved)
+    del older["config"]["objective"]["forcing"]["levels"], older["config"]["teacher"]
+    older["config"]["model"]["remat"] = not older["config"]["model"]["remat"]  # not of the run, but of the machine
+    assert not list(differences(run.identity(older), run.identity(run.meta)))
+    older["config"]["objective"]["forcing"]["levels"] = "non_decreasing"
+    changes = list(differences(run.identity(older), run.identity(run.meta)))
+    assert changes == [("objective.forcing.levels", "non_decreasing", "independent")]
+    older["config"]["option"] = 1
+    with pytest.raises(ConfigError, match=r"cannot go on with this version: config\.option: unknown key"):
+        run.identity(older)
 
 
 def test_the_published_settings_of_self_forcing():

@@ -1,5 +1,6 @@
 """What a card means: cells and their configs, the steps of a budget, and what is refused before anything runs."""
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from tests.ablation.small import grid, values
 from vidar.ablation.card import Budget, load_ablation
 from vidar.ablation.cost import steps_within, total_flops
-from vidar.ablation.grid import expand, merged, steps_for
+from vidar.ablation.grid import completed, expand, merged, steps_for
 from vidar.errors import ConfigError
 from vidar.objectives.protocol import Phase
 
@@ -207,6 +208,21 @@ def test_given_frames_must_be_whole_chunks():
         ConfigError, match="cell two-diffusion: evaluation.given=3 is not a whole number of chunks of 2"
     ):
         grid(**CHUNKS, evaluation=evaluation)
+
+
+def test_a_document_of_a_version_with_fewer_options_is_completed_with_defaults():
+    whole = grid()
+    cell, seed = whole.units[0]
+    for document in (whole.document(), whole.unit_document(cell, seed), whole.stage_document("start")):
+        older = copy.deepcopy(document)
+        runs = [*older["stages"].values(), *(entry["run"] for entry in older.get("cells", {}).values())]
+        for run in [*runs, *([older["run"]] if "run" in older else [])]:
+            del run["training"]["accumulate"], run["model"]["remat"]
+        assert older != document
+        assert completed(older) == document
+        unknown = copy.deepcopy(document)
+        unknown["stages"]["start"] = {"option": "of another version"}
+        assert completed(unknown) == unknown
 
 
 @pytest.mark.parametrize("card", sorted(Path("configs/ablations").glob("*.py")), ids=lambda card: card.stem)

@@ -120,13 +120,13 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_another_run_does_not_go_on_in_its_place(tmp_path):
-    run = NOISY.run()
-    identity = {"objective": {"kind": "toy", "noise": 0.3}, "sizes": (1, 2)}
-    first = replace(run, meta={"identity": identity}, training=replace(run.training, steps=3))
+    run = replace(NOISY.run(), identity=lambda meta: meta["config"])
+    config = {"objective": {"kind": "toy", "noise": 0.3}, "sizes": (1, 2)}
+    first = replace(run, meta={"config": config}, training=replace(run.training, steps=3))
     train(first, tmp_path)
     with pytest.raises(ConfigError, match=r"a run with objective\.noise=0\.3, now 0\.1"):
-        train(replace(run, meta={"identity": {**identity, "objective": {"kind": "toy", "noise": 0.1}}}), tmp_path)
-    assert int(train(replace(run, meta={"identity": identity}), tmp_path).step) == 12
+        train(replace(run, meta={"config": {**config, "objective": {"kind": "toy", "noise": 0.1}}}), tmp_path)
+    assert int(train(replace(run, meta={"config": config, "place": "elsewhere"}), tmp_path).step) == 12
 
 
 def test_what_changed_since_the_last_start_is_said(tmp_path, caplog):

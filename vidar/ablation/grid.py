@@ -131,6 +131,27 @@ class Grid:
         return None if control is None or not _controlled(control, cell) else to_dict(control) | {"cells": None}
 
 
+def completed(document: Any) -> Any:
+    """A document of any `Grid` as this version writes it: options that its runs did not know are their defaults."""
+    if not isinstance(document, dict):  # a damaged one
+        return document
+    whole = dict(document)
+    if "run" in whole:
+        whole["run"] = _completed_run(whole["run"])
+    if "stages" in whole:
+        whole["stages"] = {name: _completed_run(run) for name, run in whole["stages"].items()}
+    if "cells" in whole:
+        whole["cells"] = {name: completed(cell) for name, cell in whole["cells"].items()}
+    return whole
+
+
+def _completed_run(document: Mapping[str, Any]) -> Any:
+    try:
+        return Trained("", system_config(document, RunConfig), ()).document
+    except ConfigError:  # of another version: what differs is said by whoever compares
+        return document
+
+
 def expand(ablation: AblationConfig, card: str | Path) -> Grid:
     """Composes every stage and cell.
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vidar.ablation.grid import completed
 from vidar.config import differences
 from vidar.errors import CheckpointError, ConfigError, make_directory
 from vidar.evaluation.writing import replaced
@@ -80,7 +81,7 @@ def settle(path: Path, document: Any, what: str) -> None:
 
     Args:
         path: File that says it.
-        document: Plain values that determine everything in the directory.
+        document: Plain values that determine everything in the directory, as a `Grid` writes them.
         what: What it is, for the message.
 
     Raises:
@@ -91,7 +92,7 @@ def settle(path: Path, document: Any, what: str) -> None:
         make_directory(path.parent)
         write_json(path, {"fingerprint": fingerprint(document), "config": document})
         return
-    for place, before, now in differences(read_json(path, ["config"])["config"], document):
+    for place, before, now in differences(completed(read_json(path, ["config"])["config"]), document):
         raise ConfigError(
             f"{path}: holds {what} with {place}={_short(before)}, now {_short(now)}: "
             "go on with the same card, or give another --output"

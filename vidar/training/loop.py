@@ -72,8 +72,8 @@ class Run:
         sample: Likewise, for sample sheets.
         mesh: Sizes of the mesh axes.
         rules: Logical axes to mesh axes.
-        meta: Saved with every checkpoint; JSON. What is under `identity` must be the same when the run goes on; what
-            changed under `run` is logged.
+        meta: Saved with every checkpoint; JSON. What changed under `run` when the run goes on is logged.
+        identity: From the meta of a checkpoint to those of its settings that must be the same when the run goes on.
         flops_per_step: Counted FLOPs of one step on all devices, for the utilisation.
         tokens_per_step: Tokens of one step, for the throughput.
     """
@@ -93,6 +93,7 @@ class Run:
     mesh: MeshConfig = MeshConfig()
     rules: Rules = Rules()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    identity: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda meta: {}
     flops_per_step: float | None = None
     tokens_per_step: float | None = None
 
@@ -133,7 +134,7 @@ def train(run: Run, workdir: str | Path) -> TrainState:
         program = make_program(run, phases, frozen, inputs, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", run.training.keep, run.training.keep_every)
         meta = _meta(run, frozen)
-        state = _restored(checkpoints, program, batches, meta) or program.initialise()
+        state = _restored(run, checkpoints, program, batches, meta) or program.initialise()
         start = int(state.step)
         if start >= run.training.steps:
             _logger.info("nothing to do: step %d of %d is done", start, run.training.steps)
@@ -396,7 +397,7 @@ def _meta(run: Run, frozen: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _restored(checkpoints: Checkpoints, program: Program, batches: Batches, meta: Any) -> TrainState | None:
+def _restored(run: Run, checkpoints: Checkpoints, program: Program, batches: Batches, meta: Any) -> TrainState | None:
     """Restores the newest whole checkpoint and moves the batches to it; None where there is none."""
     if checkpoints.latest() is None:
         return None
@@ -405,7 +406,7 @@ def _restored(checkpoints: Checkpoints, program: Program, batches: Batches, meta
         templates["ema"] = program.abstract.ema
     step, items = checkpoints.restore(None, templates)
     saved, given = items["meta"], json.loads(json.dumps(meta))
-    for path, before, now in differences(saved.get("identity"), given.get("identity")):
+    for path, before, now in differences(run.identity(saved), run.identity(given)):
         raise ConfigError(
             f"this directory holds a run with {path}={before}, now {now}: "
             "go on with the same card, or start in another directory (as objective.start, if its weights are wanted)"

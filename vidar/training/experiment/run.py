@@ -26,7 +26,7 @@ from vidar.objectives.protocol import Role
 from vidar.pipeline import trained_pipeline
 from vidar.preparation.embeddings import Embeddings
 from vidar.sampling.noise import session_keys
-from vidar.system import OnData, System, SystemConfig, compose, load, stored_role
+from vidar.system import OnData, System, SystemConfig, compose, load, stored_role, system_config
 from vidar.training.experiment.checks import check_optimizers, check_run, evaluates
 from vidar.training.experiment.config import RunConfig
 from vidar.training.logging import MetricWriter
@@ -117,7 +117,8 @@ def _run(config: RunConfig, system: System, weights: Mapping[str, Any]) -> Run:
         frozen={role: weights[role] for role in roles if role in frozen},
         initial={role: start(role) for role in trained - frozen},
         mesh=config.mesh,
-        meta={"config": system_dict(config), "run": to_dict(config), "identity": _identity(config)},
+        meta={"config": system_dict(config), "run": to_dict(config)},
+        identity=_identity,
         flops_per_step=_flops_per_step(config, system),
         tokens_per_step=float(config.data.batch * config.video.frames * system.sampler.tokens),
     )
@@ -137,12 +138,17 @@ def portable_dict(config: SystemConfig) -> dict[str, Any]:
     return system
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
-    """What makes a run that goes on the same run: the system, but for where it computes and what it started from."""
+def _identity(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run that goes on the same run: the system, but for where it computes and what it started from.
+
+    It is composed anew, so that choices that a run of before did not know are their defaults.
+    """
+    try:
+        config = system_config(meta["config"])
+    except ConfigError as error:
+        raise ConfigError(f"this directory holds a run that cannot go on with this version: {error}") from error
     identity = portable_dict(config)
-    lora = {role: to_dict(choice.lora) for role, choice in config.roles.items() if choice.lora is not None}
-    if lora:  # runs of before there was any go on
-        identity["lora"] = lora
+    identity["lora"] = {role: to_dict(choice.lora) for role, choice in config.roles.items() if choice.lora is not None}
     for role in ("model", "teacher", "critic"):
         for free in ("backend", "remat"):
             (identity[role] or {}).pop(free, None)
