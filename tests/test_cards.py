@@ -45,12 +45,12 @@ def test_a_run_goes_on_where_a_new_option_has_its_default():
     saved = json.loads(json.dumps(dict(run.meta)))
     assert not list(differences(run.identity(saved), run.identity(run.meta)))
     older = copy.deepcopy(saved)
-    del older["config"]["objective"]["forcing"]["levels"], older["config"]["teacher"]
+    del older["config"]["objective"]["forcing"]["simulated"], older["config"]["teacher"]
     older["config"]["model"]["remat"] = not older["config"]["model"]["remat"]  # not of the run, but of the machine
     assert not list(differences(run.identity(older), run.identity(run.meta)))
-    older["config"]["objective"]["forcing"]["levels"] = "non_decreasing"
+    older["config"]["objective"]["forcing"]["simulated"] = True
     changes = list(differences(run.identity(older), run.identity(run.meta)))
-    assert changes == [("objective.forcing.levels", "non_decreasing", "independent")]
+    assert changes == [("objective.forcing.simulated", True, False)]
     older["config"]["option"] = 1
     with pytest.raises(ConfigError, match=r"cannot go on with this version: config\.option: unknown key"):
         run.identity(older)

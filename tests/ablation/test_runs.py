@@ -177,7 +177,7 @@ def test_measured_again_it_is_the_same(whole, card, capsys):
     ],
 )
 def test_a_changed_config_is_refused_in_one_line(whole, card, capsys, override, words):
-    for option in ([], ["--report"]):
+    for option in ([], ["--report"], ["--slurm", "2"]):
         assert main(["ablate", str(card), "--output", str(whole[0]), override, *option]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
@@ -228,6 +228,19 @@ def test_damaged_files_are_named_and_can_be_made_again(whole, card, tmp_path, ca
     assert main(command) == 0
     assert "missing" not in capsys.readouterr().out
     assert {path: path.read_bytes() for path in output.glob("cells/*/metrics.json")} == results
+
+
+def test_rollouts_of_other_clips_are_named(whole, card, tmp_path, capsys):
+    output = tmp_path / "cut"
+    shutil.copytree(whole[0], output)
+    path = output / "cells" / "teacher-seed5" / "rollouts.npz"
+    videos = dict(np.load(path))
+    np.savez(path, **{**videos, "video": videos["video"][:, :-1]})
+    for option in ("--recompute", "--report"):
+        assert main(["ablate", str(card), "--output", str(output), option]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{path}: holds a video [" in line
+        assert "delete this file" in line
 
 
 def test_a_cell_that_skipped_updates_is_not_compared(card, tmp_path, capsys):

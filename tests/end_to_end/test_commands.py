@@ -125,7 +125,15 @@ def test_self_forcing_starts_from_trained_runs(root):
     rows = [json.loads(line) for line in (root / "forced" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["updates/student"] == 1
     assert rows[1]["updates/critic"] == 2
-    assert main(["eval", "world", "--model", str(root / "forced"), "--clips", "2", "--frames", "4"]) == 0
+    evaluate = ["eval", "world", "--model", str(root / "forced"), "--clips", "2", "--frames", "4"]
+    assert main([*evaluate, "--output", str(root / "measured")]) == 0
+    report = json.loads((root / "measured" / "world.json").read_text())
+    assert (report["clips"], report["frames"]) == (2, 4)
+    still, forced = report["models"]["standing still"], report["models"]["forced"]
+    assert still.keys() == forced.keys() == {"position error", "identity kept", "colour kept"}
+    assert still["position error"] != forced["position error"]
+    for name in report["models"]:
+        assert (root / "measured" / f"{name}.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ class Pair:
 
     As a denoiser, `values` are the Cholesky factor `(log l00, l10, log l11)`. As a student they are `(s, a, b, c, d)`:
     the first chunk is `s` times its noise; the second is `a` times the first one's noise and `b` times its own, or,
-    after a first chunk that is clean, `c` times that and `d` times its own noise.
+    after a first chunk that is clean, `c` times that and `d` times its own noise. What it caches is what it was shown.
     """
 
     values: jax.Array
@@ -183,11 +183,22 @@ class Pair:
     def config(self):
         return replace(CONFIG, layers=1, heads=1, width=16, channels=1, patch=1, prediction="x0")
 
-    def __call__(self, streams, conditions, *, visibility):
+    def __call__(self, streams, conditions, *, visibility, cache=None):
         (stream,) = streams
         x, level = stream.latents[..., 0, 0, 0], stream.level
-        clean = self._student(x, level) if self.answers == "student" else jax.vmap(self._posterior)(x, level)
-        return Answer((clean[..., None, None, None],), None, None)
+        shown = jnp.broadcast_to(x[None, :, :, None, None], (1, *x.shape, 1, 16))
+        if cache is not None:  # one chunk alone, after those before it
+            first, later = cache.keys[0, :, 0, 0, 0], cache.count > 0
+            both = jnp.stack([jnp.where(later, first, x[:, 0]), x[:, 0]], axis=1)
+            levels = jnp.stack([jnp.where(later, 0.0, level[:, 0]), level[:, 0]], axis=1)
+            clean = self._student(both, levels)
+            clean = jnp.where(later, clean[:, 1:], clean[:, :1])
+        else:
+            clean = self._student(x, level) if self.answers == "student" else jax.vmap(self._posterior)(x, level)
+        return Answer((clean[..., None, None, None],), shown, shown)
+
+    def encode_conditioning(self, *arguments):
+        return None
 
     def _posterior(self, x, level):
         first, below, second = jnp.exp(self.values[0]), self.values[1], jnp.exp(self.values[2])

@@ -13,9 +13,9 @@ import numpy as np
 
 from vidar.ablation.grid import Cell, Grid
 from vidar.ablation.measures import VIDEO
-from vidar.ablation.records import read_arrays, read_json
+from vidar.ablation.records import read_json
 from vidar.ablation.statistics import Estimate, Paired, estimate, paired
-from vidar.ablation.worker import FAILED, ROLLOUTS, Layout, is_done, read_cell, read_stage, read_truth
+from vidar.ablation.worker import FAILED, Layout, is_done, read_cell, read_rollouts, read_stage, read_truth
 
 Key = tuple[str, int]
 """Name of a cell, and seed."""
@@ -139,8 +139,8 @@ def gather(grid: Grid, output: Path) -> Findings:
 def videos(findings: Findings, key: Key) -> tuple[np.ndarray, np.ndarray]:
     """Truth and rollout of a finished cell, each uint8 `[b, f, h, w, 3]`."""
     cell = next(cell for cell in findings.grid.cells if cell.name == key[0])
-    arrays = read_arrays(findings.layout.cell(cell, key[1]) / ROLLOUTS, [VIDEO])
-    return read_truth(findings.layout).pixels, arrays[VIDEO]
+    truth = read_truth(findings.layout)
+    return truth.pixels, read_rollouts(findings.layout.cell(cell, key[1]), truth)[VIDEO]
 
 
 def _clips(measured: Any, grid: Grid) -> np.ndarray:

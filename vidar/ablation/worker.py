@@ -186,6 +186,22 @@ def read_truth(layout: Layout) -> Truth:
     return Truth(arrays["pixels"], arrays["actions"], arrays.get("label"))
 
 
+def read_rollouts(directory: Path, truth: Truth) -> dict[str, np.ndarray]:
+    """Everything that a cell rolled out, uint8 videos by name.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or continues other clips than the truth's.
+    """
+    path = directory / ROLLOUTS
+    rollouts = read_arrays(path, [VIDEO])
+    if rollouts[VIDEO].shape != truth.pixels.shape:
+        raise CheckpointError(
+            f"{path}: holds a video {list(rollouts[VIDEO].shape)}, the truth is {list(truth.pixels.shape)}: "
+            "delete this file, and run again to make it anew"
+        )
+    return rollouts
+
+
 def recompute(grid: Grid, output: Path) -> int:
     """Measures the stored rollouts of every finished cell again.
 
@@ -204,7 +220,7 @@ def recompute(grid: Grid, output: Path) -> int:
     for cell, seed in grid.units:
         if is_done(grid, layout, cell, seed):
             directory = layout.cell(cell, seed)
-            metrics = _measured(grid, cell, truth, _read_rollouts(directory))
+            metrics = _measured(grid, cell, truth, read_rollouts(directory, truth))
             if metrics != read_json(directory / METRICS):
                 raise CheckpointError(f"{directory / METRICS}: is not what {ROLLOUTS} says: delete the wrong one")
             count += 1
@@ -274,7 +290,7 @@ def _make_cell(grid: Grid, layout: Layout, cell: Cell, seed: int) -> None:
     truth = read_truth(layout)
     if not (directory / ROLLOUTS).exists():
         write_arrays(directory / ROLLOUTS, _rollouts(grid, cell, directory / "run", truth))
-    write_json(directory / METRICS, _measured(grid, cell, truth, _read_rollouts(directory)))
+    write_json(directory / METRICS, _measured(grid, cell, truth, read_rollouts(directory, truth)))
     write_json(directory / DONE, _circumstances())
 
 
@@ -285,10 +301,6 @@ def _check_spent(record: Mapping[str, Any], budget: Budget) -> None:
             f"{record['skipped']} updates were skipped, since they were not finite: the budget of {budget.amount:g} "
             f"of {budget.role} is not spent"
         )
-
-
-def _read_rollouts(directory: Path) -> dict[str, np.ndarray]:
-    return read_arrays(directory / ROLLOUTS, [VIDEO])
 
 
 def _circumstances() -> dict[str, Any]:

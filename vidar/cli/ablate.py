@@ -27,13 +27,15 @@ def run(options: argparse.Namespace) -> int:
     from vidar.ablation.findings import gather
     from vidar.ablation.grid import expand
     from vidar.ablation.slurm import write_scripts
-    from vidar.ablation.worker import check_same, recompute, work
+    from vidar.ablation.worker import Layout, check_same, recompute, work
     from vidar.devices import enable_compilation_cache
 
     part = _part(options.cell)
     grid = expand(load_ablation(options.card, options.overrides), options.card)
     output = options.output or Path("runs/ablations") / grid.ablation.name
     if options.slurm is not None:
+        if Layout(output.resolve()).record.exists():
+            check_same(grid, output)
         script = write_scripts(options.card, output, options.overrides, options.slurm)
         print(f"written; submit all of it by: {shlex.join(['bash', str(script)])}")
         return 0

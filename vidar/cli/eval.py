@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     world.add_argument("--model", required=True, nargs="+", help="directories of runs, or .safetensors files")
     world.add_argument("--clips", type=int, default=32, help="held-out clips")
     world.add_argument("--frames", type=int, default=8, help="frames of each video, the given first one included")
+    world.add_argument("--output", type=Path, help="receives world.json and a contact sheet a model")
     world.set_defaults(run=_world)
     text = kinds.add_parser("captions", help="facts of held-out captions in clips of the captioned world")
     text.add_argument("--model", required=True, nargs="+", help="directories of runs, or .safetensors files")
@@ -34,8 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _turning(options: argparse.Namespace) -> int:
-    import json
-
     import numpy as np
 
     from vidar.data.pipeline import DataConfig, make_dataset, open_source
@@ -103,46 +102,52 @@ def _turning(options: argparse.Namespace) -> int:
         for row in range(min(4, options.starts)):
             rows |= {f"left {row}": result.videos[row], f"right {row}": result.videos[options.starts + row]}
         contact_sheet(rows, options.output / f"{name}.png", columns=options.frames)
-    (options.output / "turning.json").write_text(json.dumps(report, indent=2) + "\n")
+    _save(options.output / "turning.json", report)
     return 0
 
 
 def _world(options: argparse.Namespace) -> int:
     from vidar.data.world import KINDS
     from vidar.devices import enable_compilation_cache
-    from vidar.errors import check_range
+    from vidar.errors import check_range, make_directory
+    from vidar.evaluation.sheets import contact_sheet
     from vidar.evaluation.world import held_out, score, standing_still
 
     check_range("--clips", options.clips, least=1)
     check_range("--frames", options.frames, least=2)
+    titles = _titles(options.model)
     enable_compilation_cache()
     truth = held_out(options.clips, options.frames)
     videos = {"standing still": standing_still(truth)}
     size, actions = truth.pixels.shape[2:4], int(truth.actions.max()) + 1
     one_shape = size, "the one-shape world", actions, len(KINDS)
-    models = {str(source): _loaded(source, *one_shape) for source in options.model}
-    for source, pipeline in models.items():
+    models = [_loaded(source, *one_shape) for source in options.model]
+    for name, pipeline in zip(titles, models, strict=True):
         label = truth.label if pipeline.model.config.classes else None
-        videos[source] = pipeline.generate(
-            options.frames, actions=truth.actions, given=truth.pixels[:, :1], label=label
-        )
+        videos[name] = pipeline.generate(options.frames, actions=truth.actions, given=truth.pixels[:, :1], label=label)
+    report = {}
     for name, video in videos.items():
-        summary = score(video, truth).part(1, options.frames).summary()
+        report[name] = score(video, truth).part(1, options.frames).summary()
         cells = "  ".join(
-            f"{metric} {mean:.3f} [{low:.3f}, {high:.3f}]" for metric, (mean, low, high) in summary.items()
+            f"{metric} {mean:.3f} [{low:.3f}, {high:.3f}]" for metric, (mean, low, high) in report[name].items()
         )
         print(f"{name:32s} {cells}")
+    if options.output is not None:
+        make_directory(options.output)
+        _save(options.output / "world.json", {"clips": options.clips, "frames": options.frames, "models": report})
+        for name, video in videos.items():
+            rows = {}
+            for row in range(min(4, options.clips)):
+                rows |= {f"truth {row}": truth.pixels[row], f"generated {row}": video[row]}
+            contact_sheet(rows, options.output / f"{name}.png")
     return 0
 
 
 def _captions(options: argparse.Namespace) -> int:
-    import json
-
     from vidar.devices import enable_compilation_cache
     from vidar.errors import check_range, make_directory
     from vidar.evaluation.captions import accuracy, held_out
     from vidar.evaluation.sheets import contact_sheet
-    from vidar.evaluation.writing import replaced
 
     check_range("--captions", options.captions, least=1)
     check_range("--seed", options.seed, least=0)
@@ -163,11 +168,17 @@ def _captions(options: argparse.Namespace) -> int:
         )
         late = f"  first frame {1e3 * entry['first_frame_s']:.0f} ms" if "first_frame_s" in entry else ""
         print(f"{name:24s} {cells}{late}")
-    with replaced(options.output / "captions.json") as unfinished:
-        unfinished.write_text(
-            json.dumps({"captions": options.captions, "seed": options.seed, "models": report}, indent=2) + "\n"
-        )
+    _save(options.output / "captions.json", {"captions": options.captions, "seed": options.seed, "models": report})
     return 0
+
+
+def _save(path: Path, report: Any) -> None:
+    import json
+
+    from vidar.evaluation.writing import replaced
+
+    with replaced(path) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _latency(pipeline: Any, prompts: Sequence[str], repeats: int = 9) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Each forcing turns a batch into videos that are differentiable in the student, a
 must not know what the videos are compared with.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -14,13 +13,13 @@ import jax.numpy as jnp
 
 from vidar.attention.visibility import CLEAN, Layout, Without
 from vidar.diffusion import flow
-from vidar.diffusion.levels import fopp_discrete
 from vidar.errors import check_range
 from vidar.models.frames import Batch, Conditions, Frames
 from vidar.objectives import targets
 from vidar.sampling.axes import Axes
 from vidar.sampling.flight import Gradient
 from vidar.sampling.solvers import level_table
+from vidar.sampling.trajectory import chunk_by_chunk
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["video", "conditions", "metrics"], meta_fields=["given"])
@@ -184,10 +183,11 @@ class _Parallel:
     def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
         """Denoises each clip of the batch in one pass; arguments as `SelfForcing.generate`."""
         layout, solver = axes.layout(axes.sampler.frames), axes.sampler.solver
-        index = solver_indices(key_b, layout, solver.steps + 1, self._draw)
+        index = solver_indices(key_b, layout, solver.steps + 1)
         given = layout.chunks.index(self.given)
         level = jnp.asarray(level_table(solver))[index].at[:, :given].set(0.0)
-        noisy = Frames(self._noised(student, batch, axes, key_b, index, level), level, layout)
+        latents = self._noised(student, batch, axes, targets.fold_each(key_b, 1), index, level)
+        noisy = Frames(latents, level, layout)
         output = student(self._streams(noisy, batch, axes), batch.conditions, visibility=axes.visibility)
         clean = flow.to_x0(student.config.prediction, output.predictions[-1], noisy.latents, noisy.level)
         video = jnp.concatenate([noisy.latents[:, :given], clean[:, given:]], axis=1)
@@ -197,12 +197,7 @@ class _Parallel:
         self, student: Any, batch: Batch, axes: Axes, key_b: jax.Array, index: jax.Array, level: jax.Array
     ) -> jax.Array:
         """Noised clips, each frame at its row `index` of the solver's table, which is `level`; given ones are clean."""
-        noise = targets.clip_noise(targets.fold_each(key_b, 1), batch.latents.shape[1:])
-        return flow.interpolate(batch.latents, noise, level)
-
-    def _draw(self, key: jax.Array, chunks: int, count: int) -> jax.Array:
-        """Rows of the solver's table for the chunks of a clip."""
-        return independent_indices(key, chunks, count)
+        return flow.interpolate(batch.latents, targets.clip_noise(key_b, batch.latents.shape[1:]), level)
 
     def _streams(self, noisy: Frames, batch: Batch, axes: Axes) -> tuple[Frames, ...]:
         """What the network is shown; the noisy clip is last."""
@@ -214,17 +209,13 @@ class DiffusionForcing(_Parallel):
     """The past is as noisy as it comes, in one chunk-causal pass (CausVid, arXiv 2412.07772).
 
     Attributes:
-        levels: How noisy the chunks of a clip are: `"independent"` of each other, as in CausVid, or `"non_decreasing"`
-            (the law of AR-Diffusion, arXiv 2503.07418). A chunk made of noise before one that is nearly data cannot
-            know what follows, but is compared as if it did, and videos lose variety; where levels do not decrease, that
-            never happens.
-        simulated: Whether the clips that are noised are the student's own, denoised whole in all of the solver's steps,
-            and not data: then it learns to mend its own mistakes (backward simulation, DMD2, arXiv 2405.14867, section
-            4.5).
+        simulated: Whether the clips are not noised data but states of the student's own rollouts, at the level of each
+            chunk (after the backward simulation of DMD2, arXiv 2405.14867, section 4.5). Of data, a chunk that is made
+            of pure noise cannot fit those that follow it nearly clean, is compared as if it could, and loses its
+            variety; in a rollout they follow what this noise becomes. And the student learns to mend its own mistakes.
     """
 
     kind: ClassVar[str] = "diffusion"
-    levels: Literal["independent", "non_decreasing"] = "independent"
     simulated: bool = False
 
     @property
@@ -237,28 +228,11 @@ class DiffusionForcing(_Parallel):
     ) -> jax.Array:
         if not self.simulated:
             return super()._noised(student, batch, axes, key_b, index, level)
-        frozen, sampler = jax.lax.stop_gradient(student), axes.sampler
-        layout, table = axes.layout(sampler.frames), jnp.asarray(level_table(sampler.solver))
-        shape, given = (sampler.frames, *sampler.latent), layout.chunks.index(self.given)
-        data = batch.latents if given else jnp.zeros((len(index), *shape), jnp.float32)
-
-        def denoised(clean: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-            at = jnp.broadcast_to(table[row], level.shape).at[:, :given].set(0.0)
-            noise = targets.clip_noise(targets.fold_each(key_b, 1 + row), shape)
-            noisy = Frames(flow.interpolate(clean, noise, at), at, layout)
-            prediction = frozen((noisy,), batch.conditions, visibility=axes.visibility).predictions[-1]
-            clean = flow.to_x0(frozen.config.prediction, prediction, noisy.latents, at)
-            return jnp.concatenate([data[:, :given], clean[:, given:]], axis=1), noisy.latents
-
-        clean, stages = jax.lax.scan(denoised, data, jnp.arange(sampler.solver.steps))
-        stages = jnp.concatenate([stages, clean[None]])
-        rows, frames = jnp.arange(index.shape[0])[:, None], jnp.arange(index.shape[1])
-        return stages[index, rows, frames]
-
-    def _draw(self, key: jax.Array, chunks: int, count: int) -> jax.Array:
-        if self.levels == "independent":
-            return super()._draw(key, chunks, count)
-        return count - 1 - fopp_discrete(key, chunks, count)  # the table's first row is noise
+        sampler, frozen = axes.sampler, jax.lax.stop_gradient(student)
+        given = batch.latents[:, : axes.layout(sampler.frames).chunks.index(self.given)] if self.given else None
+        conditions = sampler.encode(frozen, batch.conditions)
+        states = chunk_by_chunk(sampler, tuple(range(sampler.solver.steps + 1)), frozen, key_b, conditions, given)
+        return states[jnp.arange(index.shape[0])[:, None], index, jnp.arange(index.shape[1])]
 
 
 @dataclass(frozen=True)
@@ -275,18 +249,8 @@ class TeacherForcing(_Parallel):
 Forcing = SelfForcing | DiffusionForcing | TeacherForcing
 
 
-def independent_indices(key: jax.Array, chunks: int, count: int) -> jax.Array:
-    """Draws one of `count` indices for each chunk of a clip: int32 `[chunks]`."""
-    return jax.random.randint(key, (chunks,), 0, count)
-
-
-def solver_indices(
-    key_b: jax.Array,
-    layout: Layout,
-    count: int,
-    draw: Callable[[jax.Array, int, int], jax.Array] = independent_indices,
-) -> jax.Array:
+def solver_indices(key_b: jax.Array, layout: Layout, count: int) -> jax.Array:
     """Draws one of `count` indices for each chunk of each clip, spread over its frames: int32 `[b, f]`."""
     chunks = layout.chunks[-1] + 1
-    drawn = jax.vmap(lambda key: draw(key, chunks, count))(key_b)
+    drawn = jax.vmap(lambda key: jax.random.randint(key, (chunks,), 0, count))(key_b)
     return drawn[:, jnp.asarray(layout.chunks, jnp.int32)]

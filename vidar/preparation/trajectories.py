@@ -15,19 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
 from vidar.attention.visibility import chunk_layout
 from vidar.data.trajectories import TrajectoryWriter
 from vidar.diffusion import flow
-from vidar.diffusion.plan import RowGroup
 from vidar.errors import ConfigError
 from vidar.models.frames import Conditions, Frames, repeat_rows
-from vidar.sampling.flight import Flight, State
 from vidar.sampling.guidance import Guidance, combine, fold
 from vidar.sampling.noise import Purpose, frame_noise
 from vidar.sampling.rollout import Sampler
 from vidar.sampling.solvers import Euler, FewStep, level_table
+from vidar.sampling.trajectory import chunk_by_chunk
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 _MOST_STEPS = 1000
@@ -108,7 +106,7 @@ def integrate(
     if given is not None and given.shape[1] >= sampler.frames:
         raise ConfigError(f"{given.shape[1]} given frames leave none of {sampler.frames} to generate")
     conditions = sampler.encode(network, conditions)
-    integrated = _chunk_by_chunk if sampler.program.lag else _whole_clips
+    integrated = chunk_by_chunk if sampler.program.lag else _whole_clips
     return integrated(sampler, kept, network, key_b, conditions, given)
 
 
@@ -140,45 +138,6 @@ def _whole_clips(
 
     _, states = jax.lax.scan(stretch, x, stretches)
     return jnp.moveaxis(states, 0, 1)
-
-
-def _chunk_by_chunk(
-    sampler: Sampler, kept: tuple[int, ...], network: Any, key_b: jax.Array, conditions: Conditions, given: Any
-) -> jax.Array:
-    state = sampler.init(network, key_b, actions=conditions.actions, in_step=True)
-    start, parts = 0, []
-    if given is not None:
-        start = given.shape[1]
-        state = sampler.prefill(network, state, given, conditions.frames(0, start))
-        parts.append(jnp.repeat(given[:, None], len(kept), axis=1))
-    elif sampler.first:
-        state, states = _chunk(replace(sampler, chunk=1), kept, network, state, conditions.frames(0, 1))
-        start, parts = 1, [states]
-    count = (sampler.frames - start) // sampler.chunk
-    actions = None
-    if conditions.actions is not None:
-        actions = conditions.actions[:, start:]
-        actions = jnp.moveaxis(actions.reshape(actions.shape[0], count, sampler.chunk, *actions.shape[2:]), 1, 0)
-
-    def body(state: State, actions: Any) -> tuple[State, jax.Array]:
-        return _chunk(sampler, kept, network, state, replace(conditions, actions=actions))
-
-    _, chunks = jax.lax.scan(body, state, actions, length=count)
-    return jnp.concatenate([*parts, rearrange(chunks, "u b k f h w c -> b k (u f) h w c")], axis=2)
-
-
-def _chunk(
-    sampler: Sampler, kept: tuple[int, ...], network: Any, state: State, conditions: Conditions
-) -> tuple[State, jax.Array]:
-    """One tick in stretches, with the states between them `[b, k, f, h, w, c]`."""
-    flight, states = Flight.enter(sampler, state, conditions), []
-    for start, stop in pairwise((0, *kept)):
-        if stop > start:
-            before, after = (tuple((step + ahead,) for step in range(start, stop)) for ahead in (0, 1))
-            flight = flight.run(network, RowGroup("denoise", before, after))
-        states.append(flight.latents)
-    state, _ = flight.commit_first(network).leave()
-    return state, jnp.stack(states, axis=1)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
