@@ -284,17 +284,24 @@ class Noted:
         return self.network(streams, conditions, visibility=visibility, cache=cache)
 
 
+def shown(forcing, data):
+    """What is generated, and the noised clips that the network was shown for it."""
+    student = Noted(MODEL)
+    generated = forcing.generate(student, data, AXES, KEY, keys(data))
+    return generated, student.seen[-1]
+
+
 @pytest.mark.parametrize("given", [0, 1])
 def test_simulated_clips_are_states_of_rollouts(given):
     """The state at a row is the noised clean prediction of the row before, after chunks that were finished."""
-    forcing, student, data = DiffusionForcing(given=given, simulated=True), Noted(MODEL), batch(frames=6)
-    generated = jax.jit(lambda: forcing.generate(student, data, AXES, KEY, keys(data)))()
-    (noisy,), session = student.seen, targets.fold_each(keys(data), 1)
+    forcing, data = DiffusionForcing(given=given, simulated=True), batch(frames=6)
+    generated, noisy = jax.jit(lambda: shown(forcing, data))()
+    session = targets.fold_each(keys(data), 1)
+    exit_at = jax.jit(lambda rows: SelfForcing(given=given).rollout(MODEL, data, AXES, session, rows, jnp.int32(0)))
     exits = {
-        (chunk, row): SelfForcing(given=given).rollout(MODEL, data, AXES, session, rows[given:], jnp.int32(0))
-        for chunk in range(given, 3)
-        for row in range(3)
-        for rows in [jnp.full(3, 2).at[chunk].set(row)]
+        (chunk, row): np.asarray(exit_at(jnp.full(3, 2).at[chunk].set(row)[given:]))
+        for chunk, row in np.ndindex(3, 3)
+        if chunk >= given
     }
     met = set()
     for clip, frame in np.ndindex(2, 6):
@@ -322,9 +329,7 @@ def test_a_simulation_needs_one_chunk_in_flight():
 
 def test_nothing_is_learned_through_the_simulation():
     data, forcing = batch(frames=6), DiffusionForcing(simulated=True)
-    student = Noted(MODEL)
-    forcing.generate(student, data, AXES, KEY, keys(data))
-    (noisy,) = student.seen
+    _, noisy = jax.jit(lambda: shown(forcing, data))()
 
     def ours(model):
         return jnp.sum(jnp.square(forcing.generate(model, data, AXES, KEY, keys(data)).video))
