@@ -164,21 +164,26 @@ class SelfForcing:
 
 @dataclass(frozen=True)
 class _Parallel:
-    """One pass over noised data, each chunk at a solver level of its own.
+    """One pass over noised clips, each chunk at a solver level of its own.
 
     Attributes:
         given: First chunks of each clip that stay clean and carry no loss.
+        simulated: Whether the clips are not data, noised, but states of the student's own rollouts, at the level of
+            each chunk (after the backward simulation of DMD2, arXiv 2405.14867, section 4.5). Of data, a chunk that is
+            made of pure noise cannot fit those that follow it nearly clean, is compared as if it could, and loses its
+            variety; in a rollout they follow what this noise becomes. And the student learns to mend its own mistakes.
     """
 
     given: int = 0
+    simulated: bool = False
 
     def __post_init__(self) -> None:
         check_range("forcing.given", self.given, least=0)
 
     @property
     def needs_clips(self) -> bool:
-        """Data are what is noised."""
-        return True
+        """Data are what is noised, or given."""
+        return not self.simulated or self.given > 0
 
     def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
         """Denoises each clip of the batch in one pass; arguments as `SelfForcing.generate`."""
@@ -186,64 +191,50 @@ class _Parallel:
         index = solver_indices(key_b, layout, solver.steps + 1)
         given = layout.chunks.index(self.given)
         level = jnp.asarray(level_table(solver))[index].at[:, :given].set(0.0)
-        latents = self._noised(student, batch, axes, targets.fold_each(key_b, 1), index, level)
+        clips, latents = self._clips(student, batch, axes, targets.fold_each(key_b, 1), index, level)
         noisy = Frames(latents, level, layout)
-        output = student(self._streams(noisy, batch, axes), batch.conditions, visibility=axes.visibility)
+        output = student(self._streams(noisy, clips, axes), batch.conditions, visibility=axes.visibility)
         clean = flow.to_x0(student.config.prediction, output.predictions[-1], noisy.latents, noisy.level)
         video = jnp.concatenate([noisy.latents[:, :given], clean[:, given:]], axis=1)
         return Generated(video, batch.conditions, {}, given)
 
-    def _noised(
+    def _clips(
         self, student: Any, batch: Batch, axes: Axes, key_b: jax.Array, index: jax.Array, level: jax.Array
-    ) -> jax.Array:
-        """Noised clips, each frame at its row `index` of the solver's table, which is `level`; given ones are clean."""
-        return flow.interpolate(batch.latents, targets.clip_noise(key_b, batch.latents.shape[1:]), level)
-
-    def _streams(self, noisy: Frames, batch: Batch, axes: Axes) -> tuple[Frames, ...]:
-        """What the network is shown; the noisy clip is last."""
-        return (noisy,)
-
-
-@dataclass(frozen=True)
-class DiffusionForcing(_Parallel):
-    """The past is as noisy as it comes, in one chunk-causal pass (CausVid, arXiv 2412.07772).
-
-    Attributes:
-        simulated: Whether the clips are not noised data but states of the student's own rollouts, at the level of each
-            chunk (after the backward simulation of DMD2, arXiv 2405.14867, section 4.5). Of data, a chunk that is made
-            of pure noise cannot fit those that follow it nearly clean, is compared as if it could, and loses its
-            variety; in a rollout they follow what this noise becomes. And the student learns to mend its own mistakes.
-    """
-
-    kind: ClassVar[str] = "diffusion"
-    simulated: bool = False
-
-    @property
-    def needs_clips(self) -> bool:
-        """Data are what is noised, or given."""
-        return not self.simulated or self.given > 0
-
-    def _noised(
-        self, student: Any, batch: Batch, axes: Axes, key_b: jax.Array, index: jax.Array, level: jax.Array
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
+        """Clips, and the same noised: each frame at its row `index` of the solver's table, which is `level`."""
         if not self.simulated:
-            return super()._noised(student, batch, axes, key_b, index, level)
+            noise = targets.clip_noise(key_b, batch.latents.shape[1:])
+            return batch.latents, flow.interpolate(batch.latents, noise, level)
         sampler, frozen = axes.sampler, jax.lax.stop_gradient(student)
         given = batch.latents[:, : axes.layout(sampler.frames).chunks.index(self.given)] if self.given else None
         conditions = sampler.encode(frozen, batch.conditions)
         states = chunk_by_chunk(sampler, tuple(range(sampler.solver.steps + 1)), frozen, key_b, conditions, given)
-        return states[jnp.arange(index.shape[0])[:, None], index, jnp.arange(index.shape[1])]
+        return states[:, -1], states[jnp.arange(index.shape[0])[:, None], index, jnp.arange(index.shape[1])]
+
+    def _streams(self, noisy: Frames, clips: jax.Array, axes: Axes) -> tuple[Frames, ...]:
+        """What the network is shown; the noisy clip is last."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DiffusionForcing(_Parallel):
+    """The past is as noisy as it comes, in one chunk-causal pass (CausVid, arXiv 2412.07772)."""
+
+    kind: ClassVar[str] = "diffusion"
+
+    def _streams(self, noisy: Frames, clips: jax.Array, axes: Axes) -> tuple[Frames, ...]:
+        return (noisy,)
 
 
 @dataclass(frozen=True)
 class TeacherForcing(_Parallel):
-    """The past is clean, in one pass over clean ‖ noised data (the TF + DMD baseline of Self Forcing)."""
+    """The past is clean, in one pass over clean ‖ noised clips (the TF + DMD baseline of Self Forcing)."""
 
     kind: ClassVar[str] = "teacher"
 
-    def _streams(self, noisy: Frames, batch: Batch, axes: Axes) -> tuple[Frames, ...]:
-        layout = axes.layout(batch.latents.shape[1], CLEAN)
-        return Frames(batch.latents, jnp.zeros_like(noisy.level), layout), noisy
+    def _streams(self, noisy: Frames, clips: jax.Array, axes: Axes) -> tuple[Frames, ...]:
+        layout = axes.layout(clips.shape[1], CLEAN)
+        return Frames(clips, jnp.zeros_like(noisy.level), layout), noisy
 
 
 Forcing = SelfForcing | DiffusionForcing | TeacherForcing
