@@ -284,20 +284,21 @@ class Noted:
         return self.network(streams, conditions, visibility=visibility, cache=cache)
 
 
-def shown(forcing, data):
-    """What is generated, and the noised clips that the network was shown for it."""
+def shown(forcing, data, axis=AXES):
+    """What is generated, and the clips that the network was shown for it; the noised ones are last."""
     student = Noted(MODEL)
-    generated = forcing.generate(student, data, AXES, KEY, keys(data))
-    return generated, student.seen[-1]
+    generated = forcing.generate(student, data, axis, KEY, keys(data))
+    return generated, tuple(student.seen)
 
 
-@pytest.mark.parametrize("given", [0, 1])
-def test_simulated_clips_are_states_of_rollouts(given):
+@pytest.mark.parametrize("kind, given", [(DiffusionForcing, 0), (TeacherForcing, 1)], ids=["diffusion", "teacher"])
+def test_simulated_clips_are_states_of_rollouts(kind, given):
     """The state at a row is the noised clean prediction of the row before, after chunks that were finished."""
-    forcing, data = DiffusionForcing(given=given, simulated=True), batch(frames=6)
-    generated, noisy = jax.jit(lambda: shown(forcing, data))()
+    forcing, data = kind(given=given, simulated=True), batch(frames=6)
+    axis = axes(TeacherForcingPattern(), frames=6, chunk=2, solver=STEPS) if kind is TeacherForcing else AXES
+    generated, (*beside, noisy) = jax.jit(lambda: shown(forcing, data, axis))()
     session = targets.fold_each(keys(data), 1)
-    exit_at = jax.jit(lambda rows: SelfForcing(given=given).rollout(MODEL, data, AXES, session, rows, jnp.int32(0)))
+    exit_at = jax.jit(lambda rows: SelfForcing(given=given).rollout(MODEL, data, axis, session, rows, jnp.int32(0)))
     exits = {
         (chunk, row): np.asarray(exit_at(jnp.full(3, 2).at[chunk].set(row)[given:]))
         for chunk, row in np.ndindex(3, 3)
@@ -317,6 +318,10 @@ def test_simulated_clips_are_states_of_rollouts(given):
         clean = exits[chunk, row - 1][clip, frame] if row else 0.0
         np.testing.assert_allclose(noisy.latents[clip, frame], (1 - level) * clean + level * noise[0, 0], atol=1e-5)
     assert {0, 1, 3} <= met
+    for clean in beside:
+        np.testing.assert_allclose(clean.latents[:, 2 * given :], exits[2, 2][:, 2 * given :], atol=1e-5)
+        np.testing.assert_array_equal(clean.level, 0)
+    assert len(beside) == (kind is TeacherForcing)
     np.testing.assert_allclose(generated.video[:, : 2 * given], data.latents[:, : 2 * given], atol=1e-6)
     assert forcing.needs_clips == bool(given)
 
@@ -329,7 +334,7 @@ def test_a_simulation_needs_one_chunk_in_flight():
 
 def test_nothing_is_learned_through_the_simulation():
     data, forcing = batch(frames=6), DiffusionForcing(simulated=True)
-    _, noisy = jax.jit(lambda: shown(forcing, data))()
+    _, (noisy,) = jax.jit(lambda: shown(forcing, data))()
 
     def ours(model):
         return jnp.sum(jnp.square(forcing.generate(model, data, AXES, KEY, keys(data)).video))
