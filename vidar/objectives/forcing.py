@@ -213,7 +213,7 @@ class _Parallel:
 
     def _streams(self, noisy: Frames, clips: jax.Array, axes: Axes) -> tuple[Frames, ...]:
         """What the network is shown; the noisy clip is last."""
-        raise NotImplementedError
+        return (noisy,)
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,6 @@ class DiffusionForcing(_Parallel):
     """The past is as noisy as it comes, in one chunk-causal pass (CausVid, arXiv 2412.07772)."""
 
     kind: ClassVar[str] = "diffusion"
-
-    def _streams(self, noisy: Frames, clips: jax.Array, axes: Axes) -> tuple[Frames, ...]:
-        return (noisy,)
 
 
 @dataclass(frozen=True)
