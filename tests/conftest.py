@@ -1,13 +1,20 @@
 """What holds for every test: CPU, strict promotion, checked shapes; and subprocesses for more devices than one."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of what tests do, here and in their subprocesses: with less effort, they take a quarter less.
+# Compiling is most of what tests do, here and in their subprocesses: so with less effort, and the same thing once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the first process; workers and subprocesses inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vidar-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import fcntl
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -72,26 +79,6 @@ def run_python():
         return result.stdout
 
     return run
-
-
-@pytest.fixture(scope="session")
-def compiled_once(tmp_path_factory):
-    """Keeps compiled programs for the session, where many tests and their subprocesses train the same thing.
-
-    Use it as `pytestmark = pytest.mark.usefixtures("compiled_once")`.
-    """
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-    yield
-    for name in settings:
-        os.environ.pop(name.upper())
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture

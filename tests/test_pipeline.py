@@ -17,8 +17,6 @@ from vidar.sampling.noise import session_keys
 from vidar.streaming import Engine
 from vidar.system import streaming_sampler
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SMALL = Choices(height=32, width=48, frames=9, steps=2, precision="float32")
 STUDENT = replace(SMALL, steps=None, frames=21, recipe="self_forcing")
 PROMPTS = ["a red fox walks across the snow", "two dogs"]

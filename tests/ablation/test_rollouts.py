@@ -15,7 +15,6 @@ from vidar.sampling.solvers import FewStep
 from vidar.system import PlanConfig, VideoConfig, compose
 from vidar.training.experiment import load_run_config
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 TRUTH = WorldEvaluation(spans={"x": (1, 4)}, clips=2, frames=9).truth()
 
 

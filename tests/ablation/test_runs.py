@@ -15,7 +15,6 @@ from vidar.ablation.report import write_report
 from vidar.ablation.words import contrast_in_words, number
 from vidar.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 ONE_SEED = "--config.seeds=(3,)"
 CELLS = [f"{cell}-seed{seed}" for cell in ("diffusion", "teacher") for seed in (3, 5)]
 
@@ -26,7 +25,7 @@ def card(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(card, tmp_path_factory, compiled_once):
+def whole(card, tmp_path_factory):
     """The grid, run by one process without a disturbance, and what it said."""
     output = tmp_path_factory.mktemp("ablation") / "whole"
     return output, finished(start(card, output))

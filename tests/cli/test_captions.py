@@ -16,8 +16,6 @@ from vidar.system import compose
 from vidar.training.experiment import load_run_config, portable_dict
 from vidar.weights import save_weights
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 CARD = "configs/captions/teacher.py"
 SMALL = (
     "model.width=24",

@@ -18,8 +18,6 @@ from vidar.pipeline import load_text_encoder
 from vidar.preparation.embeddings import Embeddings
 from vidar.training.experiment import load_run_config, make_run
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SMALL = ["--size", "32x48", "--precision", "float32"]
 WAN = [*SMALL, "--steps", "2", "--frames", "9"]
 STUDENT = [*SMALL, "--recipe", "self_forcing", "--frames", "9"]

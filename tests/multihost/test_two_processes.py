@@ -13,8 +13,6 @@ from tests.conftest import ROOT, subprocess_environment
 from tests.training.toy import Regression, Toy, arrays
 from vidar.training import TrainingConfig, train
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def together(workdir, steps, term_at=-1):
     """Runs both processes to their end and returns the step that each stopped at."""

@@ -17,8 +17,6 @@ from orbax.checkpoint import v1 as ocp
 from tests.conftest import ROOT, subprocess_environment
 from vidar.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 TOY = """
 import sys, time
 from tests.training.toy import Numbers, Regression, Toy

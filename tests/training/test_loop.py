@@ -18,8 +18,6 @@ from vidar.sharding import MeshConfig
 from vidar.training import TrainingConfig, loop, train
 from vidar.training.distributed import only_process
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 NOISY = Toy(
     objective=Regression(noise=0.3, ema_start=4),
     training=TrainingConfig(steps=12, log_every=5, save_every=3, tensorboard=False),

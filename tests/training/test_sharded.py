@@ -8,8 +8,6 @@ import pytest
 from tests.training.toy import Regression, Toy, arrays, assert_close
 from vidar.training import OptimizerConfig, TrainingConfig, train
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SHARDED = """
     import sys, jax, numpy as np
     from tests.training.test_sharded import toy

@@ -13,8 +13,6 @@ from vidar.errors import ConfigError
 from vidar.objectives.protocol import Phase
 from vidar.training import OptimizerConfig, TrainingConfig, train
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SGD = OptimizerConfig("sgd", learning_rate=0.05, beta1=0.0, clip=None)
 
 

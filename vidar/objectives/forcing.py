@@ -164,14 +164,14 @@ class SelfForcing:
 
 @dataclass(frozen=True)
 class _Parallel:
-    """One pass over noised clips, each chunk at a solver level of its own.
+    """One pass over clips that are noised to levels of the solver, each chunk to its own.
 
     Attributes:
         given: First chunks of each clip that stay clean and carry no loss.
-        simulated: Whether the clips are not data, noised, but states of the student's own rollouts, at the level of
-            each chunk (after the backward simulation of DMD2, arXiv 2405.14867, section 4.5). Of data, a chunk that is
-            made of pure noise cannot fit those that follow it nearly clean, is compared as if it could, and loses its
-            variety; in a rollout they follow what this noise becomes. And the student learns to mend its own mistakes.
+        simulated: Whether the clips are not data, noised, but states of the student's own rollouts at these levels
+            (after the backward simulation of DMD2, arXiv 2405.14867, section 4.5). Of data, a chunk that is made of
+            pure noise cannot fit those that follow it nearly clean, is compared as if it could, and loses its variety;
+            in a rollout they follow what this noise becomes. And the student learns to mend its own mistakes.
     """
 
     given: int = 0
@@ -188,7 +188,7 @@ class _Parallel:
     def generate(self, student: Any, batch: Batch, axes: Axes, key: jax.Array, key_b: jax.Array) -> Generated:
         """Denoises each clip of the batch in one pass; arguments as `SelfForcing.generate`."""
         layout, solver = axes.layout(axes.sampler.frames), axes.sampler.solver
-        index = solver_indices(key_b, layout, solver.steps + 1)
+        index = self._rows(key_b, layout, solver.steps)
         given = layout.chunks.index(self.given)
         level = jnp.asarray(level_table(solver))[index].at[:, :given].set(0.0)
         clips, latents = self._clips(student, batch, axes, targets.fold_each(key_b, 1), index, level)
@@ -197,6 +197,10 @@ class _Parallel:
         clean = flow.to_x0(student.config.prediction, output.predictions[-1], noisy.latents, noisy.level)
         video = jnp.concatenate([noisy.latents[:, :given], clean[:, given:]], axis=1)
         return Generated(video, batch.conditions, {}, given)
+
+    def _rows(self, key_b: jax.Array, layout: Layout, steps: int) -> jax.Array:
+        """Draws the row of the solver's table to which each frame is noised, int32 `[b, f]`; `steps` is clean."""
+        return solver_indices(key_b, layout, steps + 1)
 
     def _clips(
         self, student: Any, batch: Batch, axes: Axes, key_b: jax.Array, index: jax.Array, level: jax.Array
@@ -228,6 +232,13 @@ class TeacherForcing(_Parallel):
     """The past is clean, in one pass over clean ‖ noised clips (the TF + DMD baseline of Self Forcing)."""
 
     kind: ClassVar[str] = "teacher"
+
+    def _rows(self, key_b: jax.Array, layout: Layout, steps: int) -> jax.Array:
+        """One row for a whole simulated clip: what pure noise becomes at once is not what the next chunks follow."""
+        if not self.simulated:
+            return super()._rows(key_b, layout, steps)
+        row = jax.vmap(lambda key: jax.random.randint(key, (1,), 0, steps))(key_b)
+        return jnp.broadcast_to(row, (row.shape[0], len(layout.chunks)))
 
     def _streams(self, noisy: Frames, clips: jax.Array, axes: Axes) -> tuple[Frames, ...]:
         layout = axes.layout(clips.shape[1], CLEAN)
