@@ -13,12 +13,13 @@ from tests.networks import CONFIG, LATENT
 from tests.objectives.parts import Answer, axes, batch
 from vidar.attention.visibility import TeacherForcing
 from vidar.diffusion import flow
+from vidar.errors import ConfigError
 from vidar.models.frames import Conditions
 from vidar.objectives import targets
 from vidar.objectives.consistency import Consistency
 from vidar.objectives.forcing import Generated
 from vidar.objectives.matching import DMD, GAN, NoiseLaw, SiD
-from vidar.sampling.guidance import classifier_free
+from vidar.sampling.guidance import Branch, classifier_free
 from vidar.sampling.solvers import FewStep
 
 RNG = np.random.default_rng(0)
@@ -117,15 +118,23 @@ def scores(x, scale):
     return fake, null + scale * (conditional - null)
 
 
-def test_dmd():
-    """dL/dx = (fake - real) / mean|x - real| / size, with w = 3 in the field's way: a scale of 4."""
-    fake, real = scores(VIDEO, 4.0)
+@pytest.mark.parametrize("below", [1.0, 0.85])
+def test_dmd(below):
+    """dL/dx = (fake - real) / mean|x - real| / size, with w = 3 in the field's way: a scale of 4; above a level, 1."""
+    level = drawn()[0][:, -1]
+    assert level.min() < 0.85 < level.max()
+    fake, real = scores(VIDEO, np.where(level > below, 1.0, 4.0).reshape(2, 1, 1, 1, 1))
     scale = np.abs(VIDEO - real)[:, GIVEN:].mean(axis=(1, 2, 3, 4), keepdims=True)
     direction = np.where(COUNTS[:, None, None, None], (fake - real) / scale, 0.0)
     count = direction[:, GIVEN:].size
-    value, gradient = ours(DMD(guidance=classifier_free(4.0, ("actions",))))
+    value, gradient = ours(DMD(guidance=classifier_free(4.0, ("actions",)), guided_below=below))
     close(value, 0.5 * np.sum(direction**2) / count)
     close(gradient, direction / count)
+
+
+def test_only_a_branch_with_all_conditions_can_stand_for_the_unguided_teacher():
+    with pytest.raises(ConfigError, match="guided_below: needs a branch"):
+        SiD(guidance=(Branch(1.0, ("text",)),), guided_below=0.9)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from vidar.attention.visibility import Bidirectional, chunk_layout
 from vidar.diffusion import flow
-from vidar.errors import check_range
+from vidar.errors import ConfigError, check_range
 from vidar.models.discriminator import DiscriminatorConfig
 from vidar.models.frames import Batch, Conditions, Frames, repeat_rows
 from vidar.objectives import targets
@@ -53,10 +53,18 @@ class _Scores:
     Attributes:
         noise: Levels of comparison.
         guidance: Branches of the teacher. The field writes `r + w (r - r_null)`, which is a scale of 1 + w here.
+        guided_below: Above this level the teacher is not guided, after the guidance interval (arXiv 2404.07724): where
+            there is much noise, guidance makes what is named appear at once, and in several places.
     """
 
     noise: NoiseLaw = field(default_factory=NoiseLaw)
     guidance: Guidance = UNGUIDED
+    guided_below: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("matching.guided_below", self.guided_below, least=0, most=1)
+        if self.guided_below < 1 and all(branch.drops for branch in self.guidance):
+            raise ConfigError("matching.guided_below: needs a branch of the guidance that drops nothing")
 
     @property
     def needs_teacher(self) -> bool:
@@ -85,7 +93,7 @@ class _Scores:
         """Clean predictions of critic and teacher on a video that is noised, and how far they are apart by level."""
         frames, _ = self._noised(video, generated, key_b)
         fake = predict_clean(networks["critic"], frames, generated.conditions, UNGUIDED)
-        real = predict_clean(networks["teacher"], frames, generated.conditions, self.guidance)
+        real = predict_clean(networks["teacher"], frames, generated.conditions, self.guidance, self.guided_below)
         return fake, real, disagreement(fake, real, frames.level, generated.counts)
 
 
@@ -96,6 +104,7 @@ class DMD(_Scores):
     Attributes:
         noise: Levels of comparison.
         guidance: Branches of the teacher.
+        guided_below: Above this level the teacher is not guided.
     """
 
     kind: ClassVar[str] = "dmd"
@@ -119,6 +128,7 @@ class SiD(_Scores):
     Attributes:
         noise: Levels of comparison.
         guidance: Branches of the teacher.
+        guided_below: Above this level the teacher is not guided.
         alpha: Weight of the squared difference of scores that is taken off.
     """
 
@@ -126,6 +136,7 @@ class SiD(_Scores):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("matching.alpha", self.alpha)
 
     def student_loss(
@@ -229,7 +240,9 @@ def disagreement(fake: jax.Array, real: jax.Array, level: jax.Array, counts: jax
     return {name.replace("loss_level", "disagreement_level"): value for name, value in buckets.items()}
 
 
-def predict_clean(network: Any, frames: Frames, conditions: Conditions, guidance: Guidance) -> jax.Array:
+def predict_clean(
+    network: Any, frames: Frames, conditions: Conditions, guidance: Guidance, guided_below: float = 1.0
+) -> jax.Array:
     """Guided clean prediction of a bidirectional network.
 
     Args:
@@ -237,6 +250,7 @@ def predict_clean(network: Any, frames: Frames, conditions: Conditions, guidance
         frames: Noisy frames.
         conditions: Their conditions.
         guidance: Branches.
+        guided_below: Above this level, the prediction of the branch that drops nothing.
 
     Returns:
         Clean latents `[b, f, h, w, c]`.
@@ -244,4 +258,8 @@ def predict_clean(network: Any, frames: Frames, conditions: Conditions, guidance
     times = len(guidance)
     output = network((repeat_rows(frames, times),), fold(conditions, guidance), visibility=Bidirectional())
     prediction = combine(output.predictions[0], guidance)
+    if guided_below < 1:
+        plain = [not branch.drops for branch in guidance].index(True)
+        alone = output.predictions[0].reshape(times, *prediction.shape)[plain]
+        prediction = jnp.where(flow.per_frame(frames.level, prediction) > guided_below, alone, prediction)
     return flow.to_x0(network.config.prediction, prediction, frames.latents, frames.level)
