@@ -54,7 +54,7 @@ class _Scores:
         noise: Levels of comparison.
         guidance: Branches of the teacher. The field writes `r + w (r - r_null)`, which is a scale of 1 + w here.
         guided_below: Above this level the teacher is not guided, after the guidance interval (arXiv 2404.07724): where
-            there is much noise, guidance makes what is named appear at once, and in several places.
+            there is much noise, guidance also decides when and how often what is named appears.
     """
 
     noise: NoiseLaw = field(default_factory=NoiseLaw)
