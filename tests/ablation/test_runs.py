@@ -1,11 +1,13 @@
 """A grid as a person runs it: through, killed and restarted, by two processes at once; all with the same numbers."""
 
+import csv
 import json
 import os
 import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from vidar.ablation.findings import Findings, gather
 from vidar.ablation.report import write_report
 from vidar.ablation.words import contrast_in_words, number
 from vidar.cli.main import main
+from vidar.system import load
 
 ONE_SEED = "--config.seeds=(3,)"
 CELLS = [f"{cell}-seed{seed}" for cell in ("diffusion", "teacher") for seed in (3, 5)]
@@ -101,6 +104,14 @@ def test_report_holds_every_cell_and_nothing_from_elsewhere(whole, card):
     assert (findings.contrast.seeds, findings.contrast.clips) == (2, 3)
     assert [harm.amount for harm in findings.harms] == [0.5, 1.0]
     assert "objective.kind | " in text
+    with (output / "report" / "results.csv").open() as file:
+        table = [row for row in csv.DictReader(file) if (row["cell"], row["metric"]) == ("teacher", "psnr")]
+    assert [(row["forcing"], row["seed"], row["span"]) for row in table] == [
+        ("teacher", seed, span) for seed in ("3", "5") for span in ("early", "late")
+    ]
+    assert [float(row["mean over clips"]) for row in table if row["span"] == "late"] == pytest.approx(late, rel=1e-12)
+    _, network = load(output / "cells" / "teacher-seed3" / "run")
+    assert f"| teacher | {sum(leaf.size for leaf in jax.tree.leaves(network)):,} |" in text
 
 
 def test_a_winner_that_a_frozen_frame_equals_is_called_so(whole, card, monkeypatch):
@@ -182,6 +193,29 @@ def test_a_changed_config_is_refused_in_one_line(whole, card, capsys, override, 
         assert len(lines) == 1
         for word in words:
             assert word in lines[0]
+
+
+def test_a_grid_grows_by_seeds_and_cells(whole, card, tmp_path, capsys):
+    output = tmp_path / "grown"
+    shutil.copytree(whole[0], output)
+    command = ["ablate", str(card), "--output", str(output)]
+    before = {path: path.read_bytes() for path in output.glob("cells/*/*.*")}
+    record = (output / "ablation.json").read_text()
+    more = "--config.extra={'more': {'overrides': {'objective': {'start': 'stage:start'}}}}"
+    assert main([*command, more, "--report"]) == 0
+    said = capsys.readouterr().out
+    assert "missing: more seed 3, more seed 5" in said
+    assert "Added after" not in said
+    assert (output / "ablation.json").read_text() == record
+    assert main([*command, "--config.seeds=(3, 5, 6)"]) == 0
+    said = capsys.readouterr().out
+    assert "missing" not in said
+    assert "over 3 seeds × 3 clips" in said
+    assert "Added after the ablation was begun: seeds 6." in said
+    assert {path: path.read_bytes() for path in before} == before
+    assert json.loads((output / "ablation.json").read_text())["grown"] == [{"seeds": [6]}]
+    assert main([*command, "--report"]) == 2
+    assert "seeds=[3, 5, 6], now [3, 5]" in capsys.readouterr().err
 
 
 def test_a_cell_of_another_grid_is_refused(whole, card, tmp_path, capsys):

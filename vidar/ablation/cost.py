@@ -43,6 +43,15 @@ def phase_flops(config: RunConfig, batch: Any, steps: int = 1000) -> dict[str, f
     return {name: _count(system, phase, shapes) for name, phase in phases.items()}
 
 
+def parameters(config: RunConfig) -> dict[str, int]:
+    """Counts the parameters of every network of a run, by role; nothing is loaded."""
+    system, key = compose(config), jax.random.key(0)
+    return {
+        role: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(partial(system.build, role), key)))
+        for role in system.roles
+    }
+
+
 def total_flops(objective: Any, flops: Mapping[str, float], steps: int) -> float:
     """Adds up all phases of the first `steps` steps."""
     return sum(flops[phase.name] for step in range(steps) for phase in objective.phases(step))

@@ -46,6 +46,7 @@ class Findings:
         done: Under which circumstances each was made.
         stages: What the stages took, by name; those that are done.
         missing: Cells and seeds that are not done, with the reason where it is known.
+        grown: What was added to the grid after it was begun, names of seeds, stages and cells, each time that it was.
         contrast: The contrast named beforehand, better minus worse; None until a seed has all its cells.
         harms: The positive control, by amount.
     """
@@ -57,6 +58,7 @@ class Findings:
     done: Mapping[Key, Any]
     stages: Mapping[str, Any]
     missing: Mapping[Key, str]
+    grown: tuple[Mapping[str, Any], ...]
     contrast: Paired | None
     harms: tuple[Harm, ...]
 
@@ -132,8 +134,9 @@ def gather(grid: Grid, output: Path) -> Findings:
             missing[key] = "begun" if directory.exists() else "not begun"
     stages = {name: read_stage(layout.stages / name) for name in grid.stages}
     costs = {name: stage for name, stage in stages.items() if stage is not None}
+    grown = tuple(read_json(layout.record).get("grown", ()))
     contrast, harms = _contrast(grid, metrics), _harms(grid, metrics)
-    return Findings(grid, layout, metrics, trained, done, costs, missing, contrast, harms)
+    return Findings(grid, layout, metrics, trained, done, costs, missing, grown, contrast, harms)
 
 
 def videos(findings: Findings, key: Key) -> tuple[np.ndarray, np.ndarray]:

@@ -76,27 +76,60 @@ def fingerprint(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def settle(path: Path, document: Any, what: str) -> None:
+def settle(path: Path, document: Any, what: str, growing: Iterable[str] = ()) -> None:
     """Writes down what a directory is for, or refuses one that is for something else.
 
     Args:
-        path: File that says it.
+        path: File that says it, and under `grown` what was added to it since, in order.
         document: Plain values that determine everything in the directory, as a `Grid` writes them.
         what: What it is, for the message.
+        growing: As in `additions`.
 
     Raises:
         ConfigError: The file says something else; the message names the first difference.
     """
     document = json.loads(json.dumps(document))
-    if not path.exists():
-        make_directory(path.parent)
-        write_json(path, {"fingerprint": fingerprint(document), "config": document})
-        return
-    for place, before, now in differences(completed(read_json(path, ["config"])["config"]), document):
+    grown = []
+    if path.exists():
+        added = additions(path, document, what, growing)
+        if not added:
+            return
+        grown = [*read_json(path).get("grown", []), added]
+    make_directory(path.parent)
+    write_json(path, {"fingerprint": fingerprint(document), "config": document, "grown": grown})
+
+
+def additions(path: Path, document: Any, what: str, growing: Iterable[str] = ()) -> dict[str, list[Any]]:
+    """What a directory is for now, and was not when its record was written.
+
+    Args:
+        path: The record.
+        document: As in `settle`.
+        what: As in `settle`.
+        growing: Names of lists and dictionaries in the document that may have more entries than they had.
+
+    Returns:
+        By name, the entries (or their keys) that are new; names without any are left out.
+
+    Raises:
+        ConfigError: Anything else differs; the message names the first difference.
+        CheckpointError: The record is damaged.
+    """
+    before = completed(read_json(path, ["config"])["config"])
+    document = json.loads(json.dumps(document))
+    added: dict[str, list[Any]] = {}
+    for name in growing:
+        old, new = (before.get(name) if isinstance(before, dict) else None), document[name]
+        if isinstance(old, type(new)) and all(entry in new for entry in old):
+            added[name] = [entry for entry in new if entry not in old]
+            kept = [entry for entry in new if entry in old]
+            document[name] = {key: new[key] for key in kept} if isinstance(new, dict) else kept
+    for place, was, now in differences(before, document):
         raise ConfigError(
-            f"{path}: holds {what} with {place}={_short(before)}, now {_short(now)}: "
+            f"{path}: holds {what} with {place}={_short(was)}, now {_short(now)}: "
             "go on with the same card, or give another --output"
         )
+    return {name: entries for name, entries in added.items() if entries}
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 It turns findings into words, tables and pictures; it must not compute a statistic.
 """
 
+import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vidar.ablation.cost import parameters
 from vidar.ablation.figures import animate, plot_curves, sheet
 from vidar.ablation.findings import Findings, Key, videos
 from vidar.ablation.pages import Block, Details, Heading, Paragraph, Picture, Table, write_pages
@@ -21,12 +23,13 @@ from vidar.ablation.words import (
     summary,
 )
 from vidar.ablation.worker import CIRCUMSTANCES
+from vidar.evaluation.writing import replaced
 
 _WIDTH = 3
 
 
 def write_report(findings: Findings) -> Path:
-    """Writes `report.html`, `report.md` and their pictures.
+    """Writes `report.html`, `report.md` and their pictures, and `results.csv` with the numbers of every seed.
 
     Args:
         findings: What there is.
@@ -45,7 +48,22 @@ def write_report(findings: Findings) -> Path:
         blocks += [Heading("Rollouts"), *_rollouts(findings)]
     blocks += [Heading("What it cost"), *_costs(findings)]
     blocks += [Heading("What was run"), *_configs(findings)]
+    _write_table(findings, findings.layout.report / "results.csv")
     return write_pages(f"Ablation: {ablation.name}", blocks, findings.layout.report)[0]
+
+
+def _write_table(findings: Findings, path: Path) -> None:
+    """One line for each cell, seed, span and metric: the mean over its clips."""
+    factors = sorted(findings.grid.ablation.factors)
+    with replaced(path) as unfinished, unfinished.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["cell", *factors, "seed", "span", "metric", "mean over clips"])
+        for cell in findings.grid.cells:
+            for seed in findings.seeds((cell,)):
+                for span, metrics in findings.metrics[cell.name, seed]["as trained"]["spans"].items():
+                    for metric, values in metrics.items():
+                        levels = [cell.levels.get(factor, "") for factor in factors]
+                        writer.writerow([cell.name, *levels, seed, span, metric, sum(values) / len(values)])
 
 
 # ------------------------------------------------------------------------------------------------ control and gaps
@@ -198,7 +216,12 @@ def _costs(findings: Findings) -> list[Block]:
         "and networks included; a stage is counted once, and again beside each cell that starts from it. Seconds are "
         "wall time, compilation included."
     )
-    return [Table(header, rows, words)]
+    sizes = {cell.name: parameters(cell.run.config) for cell in findings.grid.cells}
+    roles = list(dict.fromkeys(role for size in sizes.values() for role in size))
+    counts = [
+        (name, *(f"{size[role]:,}" if role in size else ABSENT for role in roles)) for name, size in sizes.items()
+    ]
+    return [Table(header, rows, words), Table(("", *roles), counts, "Parameters of the networks:")]
 
 
 def _cost(cost: Mapping[str, Any]) -> tuple[str, ...]:

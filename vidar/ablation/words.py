@@ -62,7 +62,23 @@ def contrast_in_words(findings: Findings) -> list[str]:
         f"below {result.smallest_probability:.3g}). Sign test over the clips, which speaks of these trained networks "
         f"only: p = {result.clip_probability:.3g}, {result.clips_above} of {result.clips} clips above zero."
     )
-    return [claim, numbers, _verdict(result, direction), *_caution(findings, direction)]
+    return [claim, numbers, _verdict(result, direction), *_caution(findings, direction), *_grown(findings)]
+
+
+def _grown(findings: Findings) -> list[str]:
+    """A sentence where the grid is larger than it was meant to be when it was begun."""
+    added = [
+        f"{name} {', '.join(map(str, entries))}"
+        for growth in findings.grown
+        for name, entries in growth.items()
+        if name != "stages"
+    ]
+    if not added:
+        return []
+    return [
+        f"Added after the ablation was begun: {'; '.join(added)}. Intervals and probabilities take the grid as it was "
+        "planned: what is added after a look at results makes them too sure."
+    ]
 
 
 def _caution(findings: Findings, direction: int) -> list[str]:

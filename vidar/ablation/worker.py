@@ -23,6 +23,7 @@ from vidar.ablation.grid import Cell, Grid
 from vidar.ablation.measures import VIDEO, Truth
 from vidar.ablation.records import (
     RECORD,
+    additions,
     alone,
     claimed,
     fingerprint,
@@ -45,6 +46,8 @@ _logger = logging.getLogger("vidar")
 DONE, FAILED, METRICS, ROLLOUTS, TRAINED = "done.json", "failed.json", "metrics.json", "rollouts.npz", "trained.json"
 _CELL = (RECORD, TRAINED, ROLLOUTS, METRICS, DONE)
 CIRCUMSTANCES = ("device", "jax", "code")
+# What may be added to an ablation that has begun: nothing that is done depends on it.
+_GROWING = ("seeds", "stages", "cells")
 _COST = ("steps", "seconds", "updates", "skipped", "flops of an update", "flops")
 
 
@@ -102,7 +105,7 @@ def work(grid: Grid, output: Path, part: tuple[int, int] = (0, 1)) -> None:
     """
     layout = Layout(output.resolve())
     with alone(layout.root, "the ablation's record"):
-        settle(layout.record, grid.document(), "an ablation")
+        settle(layout.record, grid.document(), "an ablation", _GROWING)
     units = grid.units[part[0] :: part[1]]
     _prepare(grid, layout)
     free = [cell for cell in grid.cells if not cell.run.stages]
@@ -130,7 +133,7 @@ def work(grid: Grid, output: Path, part: tuple[int, int] = (0, 1)) -> None:
 
 
 def check_same(grid: Grid, output: Path) -> None:
-    """Refuses a directory that holds no ablation, or another one.
+    """Refuses a directory that holds no ablation, or another one; seeds and cells may have been added.
 
     Raises:
         ConfigError: It does; the message names the first difference.
@@ -138,7 +141,7 @@ def check_same(grid: Grid, output: Path) -> None:
     layout = Layout(output.resolve())
     if not layout.record.exists():
         raise ConfigError(f"{output}: holds no ablation; run it first, or give its --output")
-    settle(layout.record, grid.document(), "an ablation")
+    additions(layout.record, grid.document(), "an ablation", _GROWING)
 
 
 def is_done(grid: Grid, layout: Layout, cell: Cell, seed: int) -> bool:
