@@ -118,12 +118,17 @@ def scores(x, scale):
     return fake, null + scale * (conditional - null)
 
 
+def guided(below):
+    """A scale of 4 for clips up to a level, which one of them is above, and of 1 above it."""
+    level = drawn()[0][:, -1]
+    assert level.min() < 0.85 < level.max()
+    return np.where(level > below, 1.0, 4.0).reshape(2, 1, 1, 1, 1)
+
+
 @pytest.mark.parametrize("below", [1.0, 0.85])
 def test_dmd(below):
     """dL/dx = (fake - real) / mean|x - real| / size, with w = 3 in the field's way: a scale of 4; above a level, 1."""
-    level = drawn()[0][:, -1]
-    assert level.min() < 0.85 < level.max()
-    fake, real = scores(VIDEO, np.where(level > below, 1.0, 4.0).reshape(2, 1, 1, 1, 1))
+    fake, real = scores(VIDEO, guided(below))
     scale = np.abs(VIDEO - real)[:, GIVEN:].mean(axis=(1, 2, 3, 4), keepdims=True)
     direction = np.where(COUNTS[:, None, None, None], (fake - real) / scale, 0.0)
     count = direction[:, GIVEN:].size
@@ -137,18 +142,19 @@ def test_only_a_branch_with_all_conditions_can_stand_for_the_unguided_teacher():
         SiD(guidance=(Branch(1.0, ("text",)),), guided_below=0.9)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
-def test_sid(alpha):
-    """The scores are differentiated, the divisor is not."""
-    _, real = scores(VIDEO, 1.0)
-    scale = np.abs(VIDEO - real)[:, GIVEN:].mean(axis=(1, 2, 3, 4))
+@pytest.mark.parametrize(("alpha", "below"), [(1.0, 0.0), (0.5, 0.85)])
+def test_sid(alpha, below):
+    """The scores are differentiated, with a scale of 4 below a level; the divisor is not."""
+    scale = guided(below)
+    _, real = scores(VIDEO, scale)
+    size = np.abs(VIDEO - real)[:, GIVEN:].mean(axis=(1, 2, 3, 4))
 
     def loss(x):
-        fake, real = scores(x, 1.0)
+        fake, real = scores(x, scale)
         apart = real - fake
-        return np.mean((apart * ((real - x) - alpha * apart))[:, GIVEN:].mean(axis=(1, 2, 3, 4)) / scale)
+        return np.mean((apart * ((real - x) - alpha * apart))[:, GIVEN:].mean(axis=(1, 2, 3, 4)) / size)
 
-    value, gradient = ours(SiD(alpha=alpha))
+    value, gradient = ours(SiD(alpha=alpha, guidance=classifier_free(4.0, ("actions",)), guided_below=below))
     close(value, loss(VIDEO))
     close(gradient, slopes(loss, VIDEO))
 
