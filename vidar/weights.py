@@ -71,6 +71,19 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+def is_weights(path: Path) -> bool:
+    """Whether a file is one of `save_weights`, by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != SUFFIX or not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="flax") as file:
+            return "vidar" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def read_meta(path: str | Path) -> dict[str, Any]:
     """Reads the description in the header of a weights file.
 

@@ -25,7 +25,7 @@ def get_config(base: str = "world") -> ConfigDict:
     config = load(f"{card}:{base or 'world'}").unlock()
     wan = base == "wan_1_3b"
     given = config.objective.forcing.get("given", 0)
-    start = "checkpoints/wan_1_3b.safetensors" if wan else config.objective.student
+    start = "Wan2.1-T2V-1.3B" if wan else config.objective.student
     config.objective = {"kind": "ode_regression", "given": given, "start": start, "ema": 0.99}
     for unused in ("teacher", "critic", "roles"):
         if unused in config:

@@ -23,7 +23,7 @@ def get_config(base: str = "world") -> ConfigDict:
     matching["heads"] = {"taps": (-5, -3, -1)} if base != "doom" else {"taps": (-3, -2, -1)}
     if base == "wan_1_3b":
         matching["heads"] = {"taps": (-17, -9, -1)}
-        config.objective.teacher = "checkpoints/wan_1_3b.safetensors"
+        config.objective.teacher = "Wan2.1-T2V-1.3B"
         del config.teacher, config.roles
         config.data = {"tfds": "videos", "directory": "data/wan", "frames": 81, "batch": 64}
     config.objective.matching = matching

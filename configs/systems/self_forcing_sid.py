@@ -21,7 +21,7 @@ def get_config(base: str = "world") -> ConfigDict:
     config.objective.matching.kind = "sid"
     if base == "wan_1_3b":
         # The published run has a teacher of 1.3B, and a critic that learns five times faster, without decay.
-        config.objective.teacher = "checkpoints/wan_1_3b.safetensors"
+        config.objective.teacher = "Wan2.1-T2V-1.3B"
         config.teacher = config.critic
         del config.critic
         config.optimizers.critic.update({"learning_rate": 2e-6})

@@ -68,6 +68,21 @@ def test_self_forcing_counts_rollouts_teacher_and_critic():
         assert found[phase] == pytest.approx(BATCH * flops, rel=0.12), phase
 
 
+def test_long_rollouts_and_more_passes_are_counted_as_they_turn():
+    """A mean of 32 chunks before the clip, each of four steps and a commit; and three passes of four differentiated."""
+    forced = config("systems/self_forcing_dmd")
+    shape = shape_of(forced.model, 4, 4)
+    one = forward_flops(shape, TOKENS, (forced.context.window or 0) * TOKENS).total
+    forcing = forced.objective.forcing
+    longer = replace(forced, objective=replace(forced.objective, forcing=replace(forcing, frames=FRAMES + 64)))
+    short, long = (phase_flops(choice, batch())["critic"] for choice in (forced, longer))
+    assert long - short == pytest.approx(BATCH * 32 * (STEPS + 1) * one, rel=0.12)
+    passes = replace(forcing, gradient=replace(forcing.gradient, passes=3))
+    more = phase_flops(replace(forced, objective=replace(forced.objective, forcing=passes)), batch())["critic"]
+    # Before the last three passes there is one in a quarter of the draws, instead of 0 to 3; two are added.
+    assert more - short == pytest.approx(BATCH * (FRAMES - 1) * (0.25 - (STEPS - 1) / 2 + 2) * one, rel=0.12)
+
+
 def test_a_loop_counts_once_for_each_turn():
     from vidar.ablation.cost import _flops
 
@@ -79,7 +94,7 @@ def test_a_loop_counts_once_for_each_turn():
         return jax.lax.fori_loop(0, jnp.int32(x[0, 0]), lambda _, value: value @ value, x)
 
     traced = jax.make_jaxpr(product)(np.zeros((8, 8), np.float32))
-    assert _flops(traced.jaxpr, 1.5) == (5 + 1.5) * 2 * 8**3
+    assert _flops(traced.jaxpr, {"": 1.5}) == (5 + 1.5) * 2 * 8**3
 
 
 def test_frozen_sources_need_not_exist():

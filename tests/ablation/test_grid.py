@@ -189,6 +189,16 @@ SMALL = values()
             "cell x: makes whole",
         ),
         ({"extra": {"x/y": {}}}, "name 'x/y'"),
+        (
+            {"extra": {"x": {"overrides": {"model": {"actions": {"count": 2}}}}}},
+            "cell x: knows fewer than the 5 discrete actions",
+        ),
+        ({"extra": {"x": {"overrides": {"model": {"classes": 7}}}}}, "needs one of 7 classes, the evaluation tells 3"),
+        ({"extra": {"x": {"overrides": {"video": {"width": 20}}}}}, "cell x: makes frames of 16×20, evaluation world"),
+        (
+            {"extra": {"x": {"overrides": {"model": {"text": {"width": 8, "length": 8}}}}}},
+            "cell x: needs text, which evaluation world has none of",
+        ),
         ({"combinations": ({"where": {"forcing": "none"}},)}, "no forcing=none; known: diffusion, teacher"),
         (
             {"extra": {"x": {"overrides": {"model": {"mlp": 8}, "objective": {"start": "stage:start"}}}}},

@@ -181,7 +181,7 @@ def test_measured_again_it_is_the_same(whole, card, capsys):
     ("override", "words"),
     [
         ("--config.budget.amount=61", ["ablation.json", "budget.amount=60", "now 61"]),
-        ("--config.seeds=(3, 6)", ["seeds=[3, 5]", "now [3, 6]"]),
+        ("--config.seeds=(6, 7)", ["seeds=[3, 5]", "now [6, 7]"]),
         ("--config.contrast.metric=sharpness_error", ["contrast.metric", "psnr", "sharpness_error"]),
         ("--config.base.overrides.model.mlp=24", ["model.mlp=16", "now 24"]),
     ],
@@ -214,8 +214,12 @@ def test_a_grid_grows_by_seeds_and_cells(whole, card, tmp_path, capsys):
     assert "Added after the ablation was begun: seeds 6." in said
     assert {path: path.read_bytes() for path in before} == before
     assert json.loads((output / "ablation.json").read_text())["grown"] == [{"seeds": [6]}]
-    assert main([*command, "--report"]) == 2
-    assert "seeds=[3, 5, 6], now [3, 5]" in capsys.readouterr().err
+    assert main([*command, "--config.seeds=(6, 3)", "--report"]) == 0
+    said = capsys.readouterr().out
+    assert "over 2 seeds × 3 clips" in said
+    assert "Left out here, though they are of this ablation: seeds 5." in said
+    assert main(command) == 0  # as a process that was at work meanwhile
+    assert json.loads((output / "ablation.json").read_text())["config"]["seeds"] == [3, 5, 6]
 
 
 def test_a_cell_of_another_grid_is_refused(whole, card, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from vidar.data.world import CAPTIONED, States, caption, render
 from vidar.errors import DataError
+from vidar.evaluation import world
 from vidar.evaluation.captions import Accuracy, accuracy, held_out, seen
 
 BALL, SQUARE, TRIANGLE = range(3)
@@ -112,3 +113,11 @@ def test_the_order_of_entering_counts():
     assert not same.all[0]
     with pytest.raises(DataError, match="'a hot dog'"):
         accuracy(render(CAPTIONED, two_shapes())[None], ["a hot dog"])
+
+
+def test_seeds_beside_each_other_share_no_caption_list():
+    lists = [held_out(40, seed).captions for seed in (0, 1)]
+    shifts = (np.mean([one == other for one, other in zip(lists[0][by:], lists[1], strict=False)]) for by in range(20))
+    assert max(shifts) < 0.3
+    clips = [world.held_out(8, 8, seed).pixels for seed in (0, 1)]
+    assert not any((one == other).all() for one in clips[0] for other in clips[1])

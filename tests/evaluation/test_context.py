@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.networks import clip, network, sampler
+from vidar.diffusion.plan import Commit
 from vidar.evaluation.context import LEVELS, context_gap, context_losses
 from vidar.models.frames import Frames
 from vidar.sampling.noise import Purpose, frame_noise, session_keys
@@ -17,10 +18,14 @@ KEYS = session_keys(0, 2)
 OTHER = LATENTS + 0.5
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(window=4, chunk=2)], ids=["append", "window"])
+TOLD = Commit("extra_pass", level=0.3, time=100.0)
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(window=4, chunk=2), dict(told=TOLD)], ids=["append", "window", "told"])
 def test_the_loss_is_that_of_a_chunk_after_its_committed_past(fields):
     """The last chunk, written out: past committed to the cache, the chunk noised, one pass."""
-    plan, model = sampler(frames=6, **fields), network()
+    plan, model = sampler(frames=6, **{name: value for name, value in fields.items() if name != "told"}), network()
+    plan = replace(plan, commit=fields.get("told", plan.commit))
     errors, start = [], 6 - plan.chunk
     state = plan.init(model, KEYS, actions=CONDITIONS.actions)
     cache = jax.jit(plan.prefill)(model, state, OTHER[:, :start], CONDITIONS.frames(0, start)).cache

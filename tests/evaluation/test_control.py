@@ -38,7 +38,7 @@ def test_an_obedient_generator_passes_and_the_control_is_at_chance():
     result = turning(panorama(), starts, 6, LEFT, RIGHT)
     assert result.share == 1.0
     assert result.low == pytest.approx(0.757, abs=1e-3)  # twelve of twelve starts
-    assert result.probability < 1e-4
+    assert result.probability == pytest.approx(2 / 2**12)
     assert result.flow_left.mean() == pytest.approx(2.0, abs=0.4)
     assert result.flow_right.mean() == pytest.approx(-2.0, abs=0.4)
     assert result.videos.shape == (24, 6, 32, 32, 3)

@@ -28,6 +28,7 @@ TINY = {
 }
 
 
+GAN = {"kind": "distillation", "matching": {"kind": "gan", "heads": {"taps": [0]}}}
 DISTILLED = {"objective": {"kind": "distillation"}, "solver": {"kind": "few_step"}}
 
 
@@ -202,6 +203,10 @@ REFUSED = {
     ),
     "unknown role": (dict(**DISTILLED, roles={"studnet": {}}), "no such role; its are critic, student, teacher"),
     "adapters of a frozen role": (dict(**DISTILLED, roles={"teacher": {"lora": {"rank": 2}}}), "teacher is frozen"),
+    "adapters beside heads": (
+        dict(DISTILLED, objective=GAN, roles={"critic": {"lora": {"rank": 2}}}),
+        "critic has parts of its own, trained with it",
+    ),
     "type of a trained role": (dict(**DISTILLED, roles={"critic": {"dtype": "bfloat16"}}), "critic is trained"),
     "average that is not kept": (dict(**DISTILLED, roles={"critic": {"ema_memory": "host"}}), "critic has no average"),
     "network of no role": (dict(critic=MODEL), "critic: the objective has no such role; its are student"),

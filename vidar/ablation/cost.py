@@ -2,8 +2,9 @@
 
 XLA's own cost analysis counts the body of a loop once, so the traced program is walked instead and loops are
 multiplied out: a scan by its length; a loop whose length is only known while it runs (the solver steps before a random
-exit row) by the mean of that draw. Attention is counted dense, masked pairs included, as the `xla` back end computes
-it, for every back end; elementwise work is not counted, nor is the optimizer's.
+exit row, the chunks before the clip of a long rollout) by the mean of that draw. Attention is counted dense, masked
+pairs included, as the `xla` back end computes it, for every back end; elementwise work is not counted, nor is the
+optimizer's.
 """
 
 import math
@@ -15,19 +16,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vidar.objectives.distillation import Distillation
+from vidar.objectives.forcing import SelfForcing
 from vidar.objectives.protocol import Phase
+from vidar.sampling.rollout import ADVANCE
 from vidar.system import OnData, System, compose
 from vidar.training.experiment import RunConfig
-from vidar.training.state import by_path, from_paths, joined
+from vidar.training.state import by_path, from_paths, joined, phases_of
 
 
-def phase_flops(config: RunConfig, batch: Any, steps: int = 1000) -> dict[str, float]:
+def phase_flops(config: RunConfig, batch: Any) -> dict[str, float]:
     """Counts one update of each phase.
 
     Args:
         config: The run; nothing of it is loaded, so its sources need not exist.
         batch: A prepared batch of it (arrays or shapes), as the loss takes it.
-        steps: Steps in which phases are looked for.
 
     Returns:
         FLOPs by phase name.
@@ -37,9 +40,7 @@ def phase_flops(config: RunConfig, batch: Any, steps: int = 1000) -> dict[str, f
     plain = {role: replace(network, backend="xla", remat=False) for role, network in networks.items()}
     system = compose(replace(config, **plain))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
-    phases: dict[str, Phase] = {}
-    for step in range(steps):
-        phases |= {phase.name: phase for phase in system.objective.phases(step)}
+    phases = phases_of(system.objective, config.training.steps)
     return {name: _count(system, phase, shapes) for name, phase in phases.items()}
 
 
@@ -89,11 +90,22 @@ def _count(system: System, phase: Phase, batch: Any) -> float:
 
     aux, step = jax.eval_shape(objective.init_aux), jax.ShapeDtypeStruct((), jnp.int32)
     traced = jax.make_jaxpr(jax.value_and_grad(loss))(by_path(template), frozen, trained, aux, batch, step, key)
-    # A random exit row is drawn uniformly from the solver's steps; the ones before it run without gradient.
-    return _flops(traced.jaxpr, (system.sampler.solver.steps - 1) / 2)
+    return _flops(traced.jaxpr, _mean_turns(system))
 
 
-def _flops(jaxpr: Any, unknown: float) -> float:
+def _mean_turns(system: System) -> dict[str, float]:
+    """How often loops of unknown length turn on average: by scope, and `""` for the others."""
+    objective, steps = system.objective, system.sampler.solver.steps
+    forcing = objective.forcing if isinstance(objective, Distillation) else None
+    if not isinstance(forcing, SelfForcing):
+        return {"": 0.0}
+    # Exit rows are uniform over the solver's steps; before the last passes, which are differentiated, they run here.
+    before = sum(max(0, row + 1 - forcing.gradient.passes) for row in range(steps)) / steps
+    most = ((forcing.frames or system.sampler.frames) - system.sampler.frames) // system.sampler.chunk
+    return {ADVANCE: most / 2, "": before}
+
+
+def _flops(jaxpr: Any, turns: Mapping[str, float]) -> float:
     """Matrix FLOPs of a traced program."""
     total = 0.0
     for equation in jaxpr.eqns:
@@ -103,13 +115,14 @@ def _flops(jaxpr: Any, unknown: float) -> float:
         elif name == "conv_general_dilated":
             total += _convolution(equation)
         elif name == "scan":
-            total += parameters["length"] * _flops(parameters["jaxpr"].jaxpr, unknown)
+            total += parameters["length"] * _flops(parameters["jaxpr"].jaxpr, turns)
         elif name == "while":
-            total += unknown * _flops(parameters["body_jaxpr"].jaxpr, unknown)
+            scope = next(scope for scope in turns if scope in str(equation.source_info.name_stack))
+            total += turns[scope] * _flops(parameters["body_jaxpr"].jaxpr, turns)
         elif name == "cond":
-            total += max(_flops(branch.jaxpr, unknown) for branch in parameters["branches"])
+            total += max(_flops(branch.jaxpr, turns) for branch in parameters["branches"])
         else:
-            total += sum(_flops(inner, unknown) for inner in _inner(parameters))
+            total += sum(_flops(inner, turns) for inner in _inner(parameters))
     return total
 
 

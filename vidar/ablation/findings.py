@@ -46,7 +46,8 @@ class Findings:
         done: Under which circumstances each was made.
         stages: What the stages took, by name; those that are done.
         missing: Cells and seeds that are not done, with the reason where it is known.
-        grown: What was added to the grid after it was begun, names of seeds, stages and cells, each time that it was.
+        grown: What was added to the ablation after it was begun, names of seeds, stages and cells, each time.
+        left_out: What of the ablation is not in this grid, names of seeds and cells.
         contrast: The contrast named beforehand, better minus worse; None until a seed has all its cells.
         harms: The positive control, by amount.
     """
@@ -59,6 +60,7 @@ class Findings:
     stages: Mapping[str, Any]
     missing: Mapping[Key, str]
     grown: tuple[Mapping[str, Any], ...]
+    left_out: Mapping[str, Any]
     contrast: Paired | None
     harms: tuple[Harm, ...]
 
@@ -134,9 +136,12 @@ def gather(grid: Grid, output: Path) -> Findings:
             missing[key] = "begun" if directory.exists() else "not begun"
     stages = {name: read_stage(layout.stages / name) for name in grid.stages}
     costs = {name: stage for name, stage in stages.items() if stage is not None}
-    grown = tuple(read_json(layout.record).get("grown", ()))
+    record, document = read_json(layout.record, ["config"]), grid.document()
+    grown = tuple(record.get("grown", ()))
+    whole = {name: record["config"][name] for name in ("seeds", "cells")}
+    left_out = {name: [entry for entry in whole[name] if entry not in document[name]] for name in whole}
     contrast, harms = _contrast(grid, metrics), _harms(grid, metrics)
-    return Findings(grid, layout, metrics, trained, done, costs, missing, grown, contrast, harms)
+    return Findings(grid, layout, metrics, trained, done, costs, missing, grown, left_out, contrast, harms)
 
 
 def videos(findings: Findings, key: Key) -> tuple[np.ndarray, np.ndarray]:

@@ -6,12 +6,14 @@ all cells see the same clips. This module must not know networks, cells or seeds
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from vidar.data.pipeline import DataConfig, make_dataset
 from vidar.data.records import Episodes
+from vidar.data.world import ACTIONS, KINDS, WorldConfig
 from vidar.errors import ConfigError, DataError, check_range
 from vidar.evaluation import metrics, world
 from vidar.evaluation.control import Turning, turning
@@ -65,7 +67,7 @@ class Evaluation:
         check_range("clips", self.clips, least=1)
         check_range("given", self.given, least=1)
         check_range("frames", self.frames, least=self.given + 2)
-        check_range("seed", self.seed, least=0, below=2**29)
+        check_range("seed", self.seed, least=0, below=2**13)
         if not self.spans:
             raise ConfigError("spans: give at least one, such as {'whole': (1, 264)}")
         for name, (start, stop) in self.spans.items():
@@ -76,6 +78,11 @@ class Evaluation:
     def measured(self) -> tuple[str, ...]:
         """Names of everything that metrics are averaged over."""
         return tuple(self.spans)
+
+    @property
+    def form(self) -> tuple[tuple[int, int], int, int | None] | None:
+        """Size of the frames, number of actions, and of classes; None where it is not known yet."""
+        return None
 
     def metrics_of(self, span: str) -> tuple[str, ...]:
         """Names of the metrics with a direction that are known over a span."""
@@ -121,6 +128,12 @@ class WorldEvaluation(Evaluation):
     kind: ClassVar[str] = "world"
     directions: ClassVar[Mapping[str, int]] = {"position_error": -1, "identity_kept": 1, "colour_kept": 1} | _PIXELS
 
+    @property
+    def form(self) -> tuple[tuple[int, int], int, int | None]:
+        """As the one-shape world has it."""
+        side = WorldConfig().size
+        return (side, side), len(ACTIONS), len(KINDS)
+
     def truth(self) -> Truth:
         """Draws the sequences; no data set holds them."""
         held_out = self._held_out()
@@ -164,6 +177,14 @@ class DoomEvaluation(Evaluation):
     def measured(self) -> tuple[str, ...]:
         """The spans, and the turning test."""
         return (*self.spans, *((TURNING,) if self.turns else ()))
+
+    @property
+    def form(self) -> tuple[tuple[int, int], int, int | None] | None:
+        """As it was recorded."""
+        if not Path(self.records).is_dir():
+            return None
+        found = Episodes(self.records, self.split).form
+        return tuple(found.size), 0 if found.actions is None else len(found.actions.names), None
 
     def metrics_of(self, span: str) -> tuple[str, ...]:
         """The turning test has one metric of its own."""

@@ -83,30 +83,38 @@ def settle(path: Path, document: Any, what: str, growing: Iterable[str] = ()) ->
         path: File that says it, and under `grown` what was added to it since, in order.
         document: Plain values that determine everything in the directory, as a `Grid` writes them.
         what: What it is, for the message.
-        growing: As in `additions`.
+        growing: Names of lists and dictionaries in it that may grow: entries that only one of both has are no
+            difference, and the file keeps those of all.
 
     Raises:
         ConfigError: The file says something else; the message names the first difference.
+        CheckpointError: The file is damaged.
     """
     document = json.loads(json.dumps(document))
-    grown = []
-    if path.exists():
-        added = additions(path, document, what, growing)
-        if not added:
-            return
-        grown = [*read_json(path).get("grown", []), added]
-    make_directory(path.parent)
-    write_json(path, {"fingerprint": fingerprint(document), "config": document, "grown": grown})
+    if not path.exists():
+        make_directory(path.parent)
+        write_json(path, {"fingerprint": fingerprint(document), "config": document, "grown": []})
+        return
+    added = compare(path, document, what, growing)
+    if added:
+        record = read_json(path)
+        for name, entries in added.items():
+            old, new = record["config"][name], document[name]
+            record["config"][name] = (
+                old | {key: new[key] for key in entries} if isinstance(old, dict) else old + entries
+            )
+        grown = [*record.get("grown", []), added]
+        write_json(path, record | {"fingerprint": fingerprint(record["config"]), "grown": grown})
 
 
-def additions(path: Path, document: Any, what: str, growing: Iterable[str] = ()) -> dict[str, list[Any]]:
-    """What a directory is for now, and was not when its record was written.
+def compare(path: Path, document: Any, what: str, growing: Iterable[str] = ()) -> dict[str, list[Any]]:
+    """What a directory is to be for, and was not when its record was written.
 
     Args:
         path: The record.
         document: As in `settle`.
         what: As in `settle`.
-        growing: Names of lists and dictionaries in the document that may have more entries than they had.
+        growing: As in `settle`.
 
     Returns:
         By name, the entries (or their keys) that are new; names without any are left out.
@@ -120,16 +128,22 @@ def additions(path: Path, document: Any, what: str, growing: Iterable[str] = ())
     added: dict[str, list[Any]] = {}
     for name in growing:
         old, new = (before.get(name) if isinstance(before, dict) else None), document[name]
-        if isinstance(old, type(new)) and all(entry in new for entry in old):
+        if isinstance(old, type(new)) and any(entry in old for entry in new):
             added[name] = [entry for entry in new if entry not in old]
-            kept = [entry for entry in new if entry in old]
-            document[name] = {key: new[key] for key in kept} if isinstance(new, dict) else kept
+            before[name], document[name] = _common(old, new), _common(new, old)
     for place, was, now in differences(before, document):
         raise ConfigError(
             f"{path}: holds {what} with {place}={_short(was)}, now {_short(now)}: "
             "go on with the same card, or give another --output"
         )
     return {name: entries for name, entries in added.items() if entries}
+
+
+def _common(entries: Any, others: Any) -> Any:
+    """A dictionary or list without what others lack; a list is sorted, since its order means nothing."""
+    if isinstance(entries, dict):
+        return {key: value for key, value in entries.items() if key in others}
+    return sorted(entry for entry in entries if entry in others)
 
 
 @contextmanager

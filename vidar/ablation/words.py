@@ -4,6 +4,7 @@ This module must not know pages or pictures.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from vidar.ablation.findings import Findings
 from vidar.ablation.grid import Cell
@@ -66,19 +67,22 @@ def contrast_in_words(findings: Findings) -> list[str]:
 
 
 def _grown(findings: Findings) -> list[str]:
-    """A sentence where the grid is larger than it was meant to be when it was begun."""
-    added = [
-        f"{name} {', '.join(map(str, entries))}"
-        for growth in findings.grown
-        for name, entries in growth.items()
-        if name != "stages"
-    ]
-    if not added:
-        return []
-    return [
-        f"Added after the ablation was begun: {'; '.join(added)}. Intervals and probabilities take the grid as it was "
-        "planned: what is added after a look at results makes them too sure."
-    ]
+    """Sentences where the ablation is larger than it was meant to be when it was begun, or this is not all of it."""
+    added = [(name, entries) for growth in findings.grown for name, entries in growth.items() if name != "stages"]
+    said = []
+    if added:
+        said.append(
+            f"Added after the ablation was begun: {_listed(added)}. Intervals and probabilities take the grid as it "
+            "was planned: what is added after a look at results makes them too sure."
+        )
+    left_out = [(name, entries) for name, entries in findings.left_out.items() if entries]
+    if left_out:
+        said.append(f"Left out here, though they are of this ablation: {_listed(left_out)}.")
+    return said
+
+
+def _listed(named: Sequence[tuple[str, Sequence[Any]]]) -> str:
+    return "; ".join(f"{name} {', '.join(map(str, entries))}" for name, entries in named)
 
 
 def _caution(findings: Findings, direction: int) -> list[str]:

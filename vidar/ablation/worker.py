@@ -23,9 +23,9 @@ from vidar.ablation.grid import Cell, Grid
 from vidar.ablation.measures import VIDEO, Truth
 from vidar.ablation.records import (
     RECORD,
-    additions,
     alone,
     claimed,
+    compare,
     fingerprint,
     read_arrays,
     read_json,
@@ -38,9 +38,11 @@ from vidar.checkpoint import Checkpoints
 from vidar.config import build
 from vidar.data.world.builder import prepare
 from vidar.errors import CheckpointError, ConfigError, DivergenceError, VidarError
-from vidar.system import load
+from vidar.evaluation.metrics import first_of
+from vidar.system import compose, load
 from vidar.training.experiment import RunConfig, make_run
 from vidar.training.loop import Run, train
+from vidar.training.state import phases_of
 
 _logger = logging.getLogger("vidar")
 DONE, FAILED, METRICS, ROLLOUTS, TRAINED = "done.json", "failed.json", "metrics.json", "rollouts.npz", "trained.json"
@@ -141,7 +143,7 @@ def check_same(grid: Grid, output: Path) -> None:
     layout = Layout(output.resolve())
     if not layout.record.exists():
         raise ConfigError(f"{output}: holds no ablation; run it first, or give its --output")
-    additions(layout.record, grid.document(), "an ablation", _GROWING)
+    compare(layout.record, grid.document(), "an ablation", _GROWING)
 
 
 def is_done(grid: Grid, layout: Layout, cell: Cell, seed: int) -> bool:
@@ -264,11 +266,10 @@ def _make_stage(grid: Grid, layout: Layout, name: str) -> None:
         settle(directory / RECORD, grid.stage_document(name), "a stage")
         if not (directory / DONE).exists():
             record = _train(_placed(grid, layout, grid.stages[name]), directory, None)
-            idle = [phase for phase, count in record["updates"].items() if not count]
-            if idle:
-                raise DivergenceError(
-                    f"stage {name}: no update of {idle[0]} was finite, so that all {record['skipped']} were skipped"
-                )
+            try:
+                _check_spent(record)
+            except DivergenceError as error:
+                raise DivergenceError(f"stage {name}: {error}") from error
             write_json(directory / DONE, record | _circumstances())
             jax.clear_caches()
 
@@ -283,7 +284,7 @@ def _make_cell(grid: Grid, layout: Layout, cell: Cell, seed: int) -> None:
     if not (directory / TRAINED).exists():
         try:
             record = _train(_placed(grid, layout, cell.seeded(seed)), directory / "run", grid.ablation.budget)
-            _check_spent(record, grid.ablation.budget)
+            _check_spent(record, grid.ablation.budget, cell)
         except DivergenceError as error:
             # A result like any other: the rest of the grid goes on.
             _logger.warning("%s, seed %d: %s", cell.name, seed, error)
@@ -297,12 +298,23 @@ def _make_cell(grid: Grid, layout: Layout, cell: Cell, seed: int) -> None:
     write_json(directory / DONE, _circumstances())
 
 
-def _check_spent(record: Mapping[str, Any], budget: Budget) -> None:
-    """Refuses a training that skipped updates which its budget counts: it would be compared with those that did not."""
-    if budget.unit == "updates" and record["skipped"]:
+def _check_spent(record: Mapping[str, Any], budget: Budget | None = None, cell: Cell | None = None) -> None:
+    """Refuses a training that never updated something, or skipped updates which its budget counts."""
+    updates = record["updates"]
+    idle = [phase for phase, count in updates.items() if not count]
+    if idle:
         raise DivergenceError(
-            f"{record['skipped']} updates were skipped, since they were not finite: the budget of {budget.amount:g} "
-            f"of {budget.role} is not spent"
+            f"{idle[0]} was never updated: {record['skipped']} of {record['steps']} steps had an update that was not "
+            "finite, or the budget ends before its first"
+        )
+    if budget is None or cell is None or budget.unit != "updates":
+        return
+    phases = phases_of(compose(cell.run.config).objective, record["steps"])
+    done = sum(count for phase, count in updates.items() if phases[phase].role == budget.role)
+    if done < budget.amount:
+        raise DivergenceError(
+            f"{budget.amount - done:g} updates were skipped, since they were not finite: the budget of "
+            f"{budget.amount:g} of {budget.role} is not spent"
         )
 
 
@@ -317,7 +329,7 @@ def _rollouts(grid: Grid, cell: Cell, workdir: Path, truth: Truth) -> dict[str, 
     """Streams a trained cell, and again with each harm of the positive control."""
     evaluation = grid.ablation.evaluation
     system, model = load(workdir)
-    common = (system, model, evaluation.given, evaluation.seed)
+    common = (system, model, evaluation.given, first_of(evaluation.seed))
     rollouts = evaluation.rollouts(streamer(*common), truth)
     control = grid.control_of(cell)
     if control is not None:
@@ -353,7 +365,7 @@ def _train(config: RunConfig, workdir: Path, budget: Budget | None) -> dict[str,
     """
     run = make_run(config)
     batch = run.prepare_batch(next(run.batches[_main(run)]()))
-    flops = phase_flops(config, batch, min(config.training.steps, 1000))
+    flops = phase_flops(config, batch)
     training = config.training
     if budget is not None and budget.unit == "flops":
         steps = steps_within(run.objective, flops, budget.amount)
@@ -366,8 +378,7 @@ def _train(config: RunConfig, workdir: Path, budget: Budget | None) -> dict[str,
     if budget is not None and budget.unit == "seconds":
         left = budget.amount - clock.before
         training = replace(training, max_seconds=left) if left > 0 else replace(training, steps=clock.step)
-    training = replace(training, eval_every=training.save_every)
-    state = train(replace(run, training=training, evaluate=clock.note), workdir)
+    state = train(replace(run, training=training, saving=clock.note), workdir)
     done, seconds = int(state.step), clock.seconds()
     if done < training.steps and (budget is None or budget.unit != "seconds" or seconds < budget.amount):
         raise KeyboardInterrupt
@@ -409,11 +420,10 @@ class _Clock:
         """Seconds so far."""
         return self.before + time.monotonic() - self._start
 
-    def note(self, step: int, networks: Mapping[str, Any], writer: Any) -> dict[str, float]:
-        """Writes down the time at a step that is about to be saved; called by the training as its evaluation."""
+    def note(self, step: int) -> None:
+        """Writes down the time at a step that is about to be saved."""
         self._noted[step] = self.seconds()
         write_json(self._path, self._noted)
-        return {}
 
 
 class _Progress:

@@ -147,10 +147,11 @@ def _captions(options: argparse.Namespace) -> int:
     from vidar.devices import enable_compilation_cache
     from vidar.errors import check_range, make_directory
     from vidar.evaluation.captions import accuracy, held_out
+    from vidar.evaluation.metrics import first_of
     from vidar.evaluation.sheets import contact_sheet
 
     check_range("--captions", options.captions, least=1)
-    check_range("--seed", options.seed, least=0)
+    check_range("--seed", options.seed, least=0, below=2**13)
     titles = _titles(options.model)
     enable_compilation_cache()
     truth = held_out(options.captions, options.seed)
@@ -158,7 +159,7 @@ def _captions(options: argparse.Namespace) -> int:
     make_directory(options.output)
     report: dict[str, Any] = {"true clips": {"accuracy": accuracy(truth.pixels, truth.captions).summary()}}
     for name, pipeline in zip(titles, models, strict=True):
-        video = pipeline.generate(truth.pixels.shape[1], prompts=truth.captions, seed=options.seed)
+        video = pipeline.generate(truth.pixels.shape[1], prompts=truth.captions, seed=first_of(options.seed))
         report[name] = {"accuracy": accuracy(video, truth.captions).summary()} | _latency(pipeline, truth.captions)
         shown = {f"{row} {text}": video[row] for row, text in enumerate(truth.captions[:16])}
         contact_sheet(shown, options.output / f"{name}.png", tile=64)

@@ -285,6 +285,11 @@ class LevelsConfig:
         return levels
 
 
+def never_saw_clean_frames(levels: LevelsConfig) -> bool:
+    """Whether all frames of a clip are always at one level, so that none is ever clean beside noisy ones."""
+    return isinstance(levels.base, Shared) and not levels.context
+
+
 def fopp_weights(chunks: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Counts the non-decreasing completions after and before each chunk and level.
 

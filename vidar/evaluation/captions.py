@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vidar.data import world
-from vidar.evaluation.metrics import share_interval
+from vidar.evaluation.metrics import first_of, share_interval
 
 _HELD_OUT = 2**30
 """Seeds from here on occur in no data set."""
@@ -69,12 +69,12 @@ def held_out(clips: int, seed: int = 0) -> HeldOut:
 
     Args:
         clips: Number of captions, ≥ 1.
-        seed: Offset of the first.
+        seed: Captions of different seeds have nothing to do with each other.
 
     Returns:
         Captions with true clips.
     """
-    truths = world.draw_held_out(clips, _HELD_OUT + seed)
+    truths = world.draw_held_out(clips, _HELD_OUT + first_of(seed))
     pixels = np.stack([world.render(world.CAPTIONED, states) for states in truths])
     return HeldOut(tuple(world.caption(states) for states in truths), pixels)
 

@@ -49,9 +49,12 @@ def context_losses(
     if context.window is not None:
         visibility = visibility & Window(context.window, context.sink)
     commit = sampler.commit
-    level = jnp.full((rows, frames), commit.level if commit.noise else 0.0, jnp.float32)
-    noised = flow.interpolate(past, noise(Purpose.CONTEXT, step_f=jnp.zeros((frames,), jnp.int32)), level)
-    seen = Frames(noised, level, layout(role=CLEAN))
+    told = jnp.full((rows, frames), commit.level, jnp.float32)
+    time = None if commit.time is None else jnp.full((rows, frames), commit.time, jnp.float32)
+    noised = past
+    if commit.noise:
+        noised = flow.interpolate(past, noise(Purpose.CONTEXT, step_f=jnp.zeros((frames,), jnp.int32)), told)
+    seen = Frames(noised, told, layout(role=CLEAN), time)
     errors = []
     for number, value in enumerate(LEVELS):
         eps = noise(Purpose.INITIAL, step_f=jnp.full((frames,), number, jnp.int32))

@@ -22,7 +22,8 @@ class Turning:
         share: Share of videos whose mean horizontal flow has the sign of its action.
         low: Lower end of the 95 % interval of the share, over starts.
         high: Upper end.
-        probability: Two-sided probability of so many right signs by chance.
+        probability: Two-sided probability, by chance, of starts that split so unevenly into those with both signs right
+            and those with both wrong.
         flow_left: Mean flow of each start when turning left, pixels a frame, `[b]`; positive is content moving right.
         flow_right: The same when turning right.
         videos: The videos, left first, uint8 `[2 b, f, h, w, 3]`.
@@ -67,8 +68,9 @@ def turning(
     videos = generate(np.concatenate([starts, starts]), actions)
     flow = horizontal_flow(videos[:, given - 1 : -1], videos[:, given:])
     mean = flow.mean(axis=1)
-    hits = np.concatenate([mean[:count] > 0, mean[count:] < 0])
-    probability = sign_test(int(hits.sum()), len(hits))
+    hits = np.stack([mean[:count] > 0, mean[count:] < 0])
     share = float(hits.mean())
-    # Both turns of a start may succeed or fail together, so that starts are counted.
+    # Both turns of a start may succeed or fail together, so that starts are counted; one of each is a tie.
+    right = int(hits.all(axis=0).sum())
+    probability = sign_test(right, right + int((~hits).all(axis=0).sum()))
     return Turning(share, *share_interval(share, count), probability, mean[:count], mean[count:], videos)

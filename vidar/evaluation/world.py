@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vidar.data import world
-from vidar.evaluation.metrics import bootstrap_interval
+from vidar.evaluation.metrics import bootstrap_interval, first_of
 
 _HELD_OUT = 2**30
 """Seeds from here on occur in no data set."""
@@ -71,13 +71,14 @@ def held_out(clips: int, frames: int, seed: int = 0) -> HeldOut:
     Args:
         clips: Number of sequences.
         frames: Frames of each.
-        seed: Seed of the first; the others count on.
+        seed: Sequences of different seeds have nothing to do with each other.
 
     Returns:
         Sequences that no data set holds.
     """
     config = world.WorldConfig(frames=frames)
-    seeds = range(_HELD_OUT + seed, _HELD_OUT + seed + clips)
+    first = _HELD_OUT + first_of(seed)
+    seeds = range(first, first + clips)
     actions = [world.sample_actions(config, number, frames) for number in seeds]
     states = [world.simulate(config, number, track) for number, track in zip(seeds, actions, strict=True)]
     pixels = np.stack([world.render(config, truth) for truth in states])

@@ -34,6 +34,11 @@ class Folder:
     tokenizer: Path | None
     image_encoder: Path | None
 
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        """Whether a folder looks like a published model's."""
+        return (path / "transformer").is_dir() or any(path.glob(f"{_ORIGINAL['transformer']}*"))
+
     @classmethod
     def find(cls, path: str | Path) -> "Folder":
         """Finds the networks of a published model.

@@ -12,7 +12,8 @@ from typing import Any
 
 from vidar.errors import CheckpointError, ConfigError
 from vidar.interop import clip, tables, taehv, wan
-from vidar.interop.sources import Tensors, open_tensors
+from vidar.interop.folders import Folder
+from vidar.interop.sources import TORCH_SUFFIXES, Tensors, open_tensors
 from vidar.interop.tables import Progress, Table
 from vidar.models.clip import CLIPConfig
 from vidar.models.dit import DiTConfig
@@ -159,6 +160,29 @@ def open_network(
             return replace(recognise(tensors, settings, precision), where=str(path))
         except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"its shapes or its config.json are of no network ({error})") from error
+
+
+def open_transformer(source: str, precision: Precision | None = None, head_dim: int | None = None) -> Network:
+    """Opens a published transformer by one text, as a config names it.
+
+    Args:
+        source: A model's folder, a checkpoint as `open_tensors` takes it, or `FILE.pt:PART`.
+        precision: As in `open_network`.
+        head_dim: As in `open_network`.
+
+    Returns:
+        The network.
+
+    Raises:
+        CheckpointError: It is damaged, or no transformer that is known.
+    """
+    name, _, part = source.rpartition(":")
+    path = Path(name if name.endswith(TORCH_SUFFIXES) else source)
+    where = Folder.find(path).transformer if path.is_dir() else path
+    found = open_network(where, part if name.endswith(TORCH_SUFFIXES) else None, precision, head_dim=head_dim)
+    if found.kind != "transformer":
+        raise CheckpointError(f"{source}: holds a {found.kind}, a transformer is wanted here")
+    return found
 
 
 @contextmanager

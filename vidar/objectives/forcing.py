@@ -22,7 +22,9 @@ from vidar.sampling.solvers import level_table
 from vidar.sampling.trajectory import chunk_by_chunk
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["video", "conditions", "metrics"], meta_fields=["given"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["video", "conditions", "metrics", "start"], meta_fields=["given"]
+)
 @dataclass(frozen=True)
 class Generated:
     """Videos of a student.
@@ -32,12 +34,14 @@ class Generated:
         conditions: Conditions of these frames.
         metrics: Scalars for the log.
         given: First frames, which are context: they carry no loss, and whoever judges the video sees them clean.
+        start: Frame of the data at which these conditions begin, int32 scalar; None for the first.
     """
 
     video: jax.Array
     conditions: Conditions
     metrics: dict[str, jax.Array]
     given: int = 0
+    start: jax.Array | None = None
 
     @property
     def counts(self) -> jax.Array:
@@ -102,11 +106,11 @@ class SelfForcing:
         skipped = jax.random.randint(jax.random.fold_in(key, 2**31 - 2), (), 0, most + 1)
         video, metrics = self.rollout(student, batch, axes, key_b, exit_rows, skipped), {}
         metrics["exit_row"] = jnp.mean(exit_rows.astype(jnp.float32))
-        conditions = batch.conditions.frames(0, frames)
-        if most:
-            conditions = batch.conditions.frames_at(skipped * sampler.chunk, frames)
-            metrics["clip_start"] = skipped.astype(jnp.float32) * sampler.chunk
-        return Generated(video, conditions, metrics, given)
+        if not most:
+            return Generated(video, batch.conditions.frames(0, frames), metrics, given)
+        start = skipped * sampler.chunk
+        metrics["clip_start"] = start.astype(jnp.float32)
+        return Generated(video, batch.conditions.frames_at(start, frames), metrics, given, start)
 
     def rollout(
         self, student: Any, batch: Batch, axes: Axes, key_b: jax.Array, exit_rows: jax.Array, skipped: jax.Array

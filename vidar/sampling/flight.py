@@ -300,7 +300,15 @@ class Flight:
         moving = jax.lax.stop_gradient(jax.lax.fori_loop(0, first, step, moving))
         if gradient.offload:
             moving = checkpoint_name(moving, KEPT)
-            constant = replace(constant, state=replace(state, cache=checkpoint_name(state.cache, OFFLOADED)))
+            cache = state.cache
+            cache = replace(
+                cache,
+                keys=checkpoint_name(cache.keys, OFFLOADED),
+                values=checkpoint_name(cache.values, OFFLOADED),
+                # TPUs cannot stack single numbers in the host's memory, and they are not worth the way.
+                count=checkpoint_name(cache.count, KEPT),
+            )
+            constant = replace(constant, state=replace(state, cache=cache))
 
         @jax.checkpoint
         def advance(model: Any, moving: tuple[jax.Array, jax.Array], row: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,6 +21,8 @@ from vidar.sampling.guidance import UNGUIDED, Guidance, fold
 from vidar.sampling.solvers import Euler, Solver
 
 _NO_LIMIT = 2**30
+ADVANCE = "advance"
+"""Scope of the loop over chunks whose number is known only when it runs."""
 _OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[KEPT],
     names_which_can_be_offloaded=[OFFLOADED],
@@ -304,7 +306,8 @@ class Sampler:
             state, chunk = self.tick(model, state, conditions.frames_at(index * self.chunk, self.chunk))
             return state, jnp.concatenate([latents, chunk.latents], axis=1)[:, self.chunk :]
 
-        return jax.lax.fori_loop(0, chunks, body, (state, latents))
+        with jax.named_scope(ADVANCE):
+            return jax.lax.fori_loop(0, chunks, body, (state, latents))
 
     def generate(
         self,

@@ -13,4 +13,4 @@ from vidar.system.config import SystemConfig as SystemConfig
 from vidar.system.config import VideoConfig as VideoConfig
 from vidar.system.config import system_config as system_config
 from vidar.system.load import load as load
-from vidar.system.load import stored_role as stored_role
+from vidar.system.load import load_start as load_start

@@ -91,6 +91,8 @@ def _check_roles(config: SystemConfig) -> None:
                 f"roles.{name}.dtype={choice.dtype!r} is for frozen parameters, and {name} is trained: "
                 "model.precision says in which types it computes"
             )
+        if choice.lora is not None and roles[name].wrap is not None:
+            raise ConfigError(f"roles.{name}.lora: {name} has parts of its own, trained with it: leave lora out")
         if choice.ema_memory is not None and roles[name].ema is None:
             raise ConfigError(f"roles.{name}.ema_memory={choice.ema_memory!r}: {name} has no average")
     for name, used in (("teacher", roles.keys() & {"teacher", "critic"}), ("critic", roles.keys() & {"critic"})):

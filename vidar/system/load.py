@@ -1,18 +1,22 @@
-"""Trained networks with the systems that they were trained in."""
+"""Trained networks: with the systems that they were trained in, or as others publish them."""
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from vidar.checkpoint import load_item
 from vidar.errors import CheckpointError
-from vidar.models.dit import DiT
+from vidar.interop.folders import Folder
+from vidar.interop.networks import open_transformer
+from vidar.models.dit import DiT, DiTConfig
 from vidar.models.lora import merge
 from vidar.system.compose import System, compose
 from vidar.system.config import system_config
-from vidar.weights import SUFFIX, load_weights, read_meta
+from vidar.weights import SUFFIX, is_weights, load_weights, read_meta
 
 
 def load(source: str | Path, role: str = "student") -> tuple[System, DiT]:
@@ -39,7 +43,7 @@ def load(source: str | Path, role: str = "student") -> tuple[System, DiT]:
         return system, load_weights(source, role, template)
     directory = source / "checkpoints"
     if not directory.is_dir():
-        raise CheckpointError(f"{source}: neither a {SUFFIX} file nor the directory of a run (no checkpoints/ in it)")
+        raise CheckpointError(f"{source}: neither a {SUFFIX} file of vidar's nor a run's directory (with checkpoints/)")
     meta = load_item(directory, "meta", None)
     if "config" not in meta:
         raise CheckpointError(f"{source}: its checkpoints do not say what they were trained with (meta has no config)")
@@ -53,10 +57,43 @@ def load(source: str | Path, role: str = "student") -> tuple[System, DiT]:
         trained = load_item(directory, "state", {"networks": {role: template}})["networks"][role]
     if choice.lora is None:
         return system, trained
-    return system, merge(load(choice.source, stored_role(choice.source, role))[1], trained)
+    return system, merge(load_start(choice.source, role, system.model_config(role))[1], trained)
 
 
-def stored_role(source: str, role: str) -> str:
+def load_start(source: str, role: str, config: DiTConfig) -> tuple[System | None, DiT]:
+    """Loads what a role starts from, into the host's memory where there is a way.
+
+    Args:
+        source: As `load` takes it, or a published transformer as `open_transformer` takes it.
+        role: The role.
+        config: What its network should be; of a published one it says the types, and the heads where no file does.
+
+    Returns:
+        The system that it was trained in, None for a published one; and the network.
+
+    Raises:
+        CheckpointError: There is nothing to load, or it is damaged.
+    """
+    path = Path(source)
+    ours = is_weights(path) or (path / "checkpoints").is_dir()
+    part = Path(source.rpartition(":")[0]).is_file()
+    if path.is_dir() and not ours and not Folder.is_one(path):
+        raise CheckpointError(f"{source}: neither a run's directory (with checkpoints/) nor a published model's folder")
+    with _on_host():
+        if ours or not (path.exists() or part):
+            return load(source, _stored_role(source, role))
+        return None, open_transformer(source, config.precision, config.width // config.heads).load()
+
+
+def _on_host() -> AbstractContextManager[Any]:
+    """A network may be larger than one device of the mesh that it will lie on."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves the host out
+        return nullcontext()
+
+
+def _stored_role(source: str, role: str) -> str:
     """Under which role a source keeps what a role starts from: files name their roles, of a run it is the student."""
     return "teacher" if role in ("teacher", "critic") and source.endswith(SUFFIX) else "student"
 

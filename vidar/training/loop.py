@@ -70,6 +70,7 @@ class Run:
         initial: By role, weights to start from; None or absent for a random start or a copy of the role's source.
         evaluate: From step, networks by role (averages where there are any) and writer to numbers for the log.
         sample: Likewise, for sample sheets.
+        saving: Told of every step that is about to be saved.
         mesh: Sizes of the mesh axes.
         rules: Logical axes to mesh axes.
         meta: Saved with every checkpoint; JSON. What changed under `run` when the run goes on is logged.
@@ -90,6 +91,7 @@ class Run:
     initial: Mapping[str, Any] = field(default_factory=dict)
     evaluate: Callback | None = None
     sample: Callback | None = None
+    saving: Callable[[int], None] = lambda step: None
     mesh: MeshConfig = MeshConfig()
     rules: Rules = Rules()
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -225,6 +227,7 @@ class _Loop:
             self._call_back(self._run.evaluate, training.eval_every, done, last)
             self._call_back(self._run.sample, training.sample_every, done, last)
             if done % training.save_every == 0 or last or stopped:
+                self._run.saving(done)
                 self._save(done)
             if stopped and not last:
                 _logger.warning("%s: stopped after step %d, which is saved", stop.reason, done)

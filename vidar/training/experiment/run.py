@@ -11,6 +11,7 @@ import numpy as np
 from vidar.attention.visibility import Bidirectional
 from vidar.config import to_dict
 from vidar.data.pipeline import DataConfig, make_dataset
+from vidar.diffusion.levels import never_saw_clean_frames
 from vidar.errors import ConfigError
 from vidar.evaluation.context import context_gap
 from vidar.evaluation.metrics import psnr
@@ -26,7 +27,7 @@ from vidar.objectives.protocol import Role
 from vidar.pipeline import trained_pipeline
 from vidar.preparation.embeddings import Embeddings
 from vidar.sampling.noise import session_keys
-from vidar.system import OnData, System, SystemConfig, compose, load, stored_role, system_config
+from vidar.system import OnData, System, SystemConfig, compose, load_start, system_config
 from vidar.training.experiment.checks import check_optimizers, check_run, evaluates
 from vidar.training.experiment.config import RunConfig
 from vidar.training.logging import MetricWriter
@@ -55,7 +56,9 @@ def make_run(config: RunConfig) -> Run:
     weights = {role: _start(system, role, choice.source) for role, choice in roles.items()}
     for role in _frozen(roles):
         if weights[role] is None:
-            raise ConfigError(f"objective.{role}: a frozen network needs trained weights, a run or a .safetensors file")
+            raise ConfigError(
+                f"objective.{role}: a frozen network needs trained weights: a run, a file, or a published model"
+            )
     run = _run(config, system, weights)
     names = {phase.batch for step in range(config.training.steps) for phase in run.objective.phases(step)}
     embeddings = None if config.embeddings is None else Embeddings(config.embeddings)
@@ -212,12 +215,17 @@ def _start(system: System, role: str, source: str) -> Any:
     """Weights that a role starts from; None for a random start."""
     if source == "init":
         return None
-    origin, network = load(source, stored_role(source, role))
-    distilled = isinstance(system.objective, Distillation)
-    if role == "teacher" and distilled and not isinstance(origin.config.visibility, Bidirectional):
+    origin, network = load_start(source, role, system.model_config(role))
+    judges = role == "teacher" and isinstance(system.objective, Distillation) and origin is not None
+    if judges and not isinstance(origin.config.visibility, Bidirectional):
         raise ConfigError(
             f"objective.teacher: {source!r} was trained with visibility {origin.config.visibility.kind!r}; it has to "
             "judge whole clips, so give one that was trained with 'bidirectional'"
+        )
+    if judges and system.objective.forcing.given and never_saw_clean_frames(origin.config.levels):
+        raise ConfigError(
+            f"objective.teacher: {source!r} has never seen clean frames beside noisy ones, which it has to judge with "
+            f"forcing.given={system.objective.forcing.given}: train it with levels.context clean_prefix, or give none"
         )
     stored, wanted = _shape(network.config), _shape(system.model_config(role))
     for entry in fields(DiTConfig):
