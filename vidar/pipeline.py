@@ -20,9 +20,9 @@ from vidar.attention.visibility import Bidirectional, ChunkCausal
 from vidar.errors import CheckpointError, ConfigError, check_range
 from vidar.interop.folders import Folder
 from vidar.interop.lora import merged_into, open_adapter
-from vidar.interop.networks import open_network
+from vidar.interop.networks import KINDS, Network, open_network
 from vidar.interop.sources import TORCH_SUFFIXES
-from vidar.interop.tables import Progress
+from vidar.interop.tables import Progress, tensors_of
 from vidar.models.dit import DiT
 from vidar.models.frames import Conditions, row_labels
 from vidar.models.layers import Precision
@@ -35,7 +35,7 @@ from vidar.sampling.guidance import classifier_free
 from vidar.sampling.noise import session_keys
 from vidar.sampling.rollout import Sampler
 from vidar.sampling.solvers import DPMPlusPlus, Euler, FewStep, Solver, UniPC
-from vidar.system import PlanConfig, System, SystemConfig, VideoConfig, compose, load
+from vidar.system import PlanConfig, System, SystemConfig, VideoConfig, compose, is_trained, load
 from vidar.weights import SUFFIX
 
 SOLVERS = {kind.kind: kind for kind in (UniPC, DPMPlusPlus, Euler)}
@@ -69,7 +69,8 @@ class Choices:
 
     Attributes:
         recipe: One of `RECIPES`; None for `self_forcing` where `weights` is a PyTorch file, and `wan` elsewhere.
-        weights: Weights of the transformer in place of the folder's own, such as a student's.
+        weights: Weights of the transformer in place of the folder's own, such as a student's: a file, or the directory
+            of a run.
         part: Which network of a PyTorch file; see `open_tensors`.
         lora: LoRA adapter that is merged in.
         lora_scale: Its strength, times its own alpha / rank.
@@ -321,7 +322,7 @@ def load_pipeline(source: str | Path, choices: Choices = Choices(), progress: Pr
         ConfigError: The choices do not fit it.
     """
     source = Path(source)
-    if source.suffix == SUFFIX or (source / "checkpoints").is_dir():
+    if source.suffix == SUFFIX or is_trained(source):
         if choices != Choices():
             raise ConfigError(f"{source}: is a model of vidar's own, whose choices are made: give none")
         return trained_pipeline(*load(source))
@@ -376,7 +377,11 @@ def _published(folder: Folder, choices: Choices, progress: Progress) -> Pipeline
     codec = _network(kind, place, choices.codec_precision, progress)
     path = folder.transformer if choices.weights is None else Path(choices.weights)
     # A student's file says nothing of its heads: they are those of the folder's own transformer.
-    found = open_network(path, choices.part, Precision(choices.precision, choices.precision), folder.transformer)
+    precision = Precision(choices.precision, choices.precision)
+    if is_trained(path):
+        found = _trained_here(path, choices.part, precision)
+    else:
+        found = open_network(path, choices.part, precision, folder.transformer)
     if found.kind != "transformer":
         raise CheckpointError(f"{path}: holds a {found.kind}, a transformer is wanted here")
     if choices.lora is not None:
@@ -394,6 +399,16 @@ def _published(folder: Folder, choices: Choices, progress: Progress) -> Pipeline
                 f"takes {found.config.text.width}"
             )
     return Pipeline(system, found.load(progress), codec, text, image)
+
+
+def _trained_here(path: Path, part: str | None, precision: Precision) -> Network:
+    """The student of a run or of weights of vidar's, as if it were published."""
+    if part is not None:
+        raise ConfigError(f"{path}: part {part!r} was asked for, but only PyTorch files hold several networks")
+    model, kind = load(path)[1], KINDS["transformer"]
+    config, table = replace(model.config, precision=precision, backend="xla", remat=False), kind.table(model.config)
+    tensors = tensors_of(model, table, "original")
+    return Network("transformer", config, "original", kind.template(config), table, tensors, str(path))
 
 
 def _network(kind: str, path: Path, precision: str, progress: Progress) -> Any:

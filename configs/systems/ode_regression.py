@@ -27,13 +27,14 @@ def get_config(base: str = "world") -> ConfigDict:
     given = config.objective.forcing.get("given", 0)
     start = "Wan2.1-T2V-1.3B" if wan else config.objective.student
     config.objective = {"kind": "ode_regression", "given": given, "start": start, "ema": 0.99}
-    for unused in ("teacher", "critic", "roles"):
+    for unused in ("teacher", "critic", "roles", "negative"):
         if unused in config:
             del config[unused]
     config.data.trajectories = f"data/{base or 'world'}_trajectories"
     if wan:
         del config.data.prompts
     del config.optimizers.critic
+    config.solver.shift = 5.0  # that of the trajectories
     if wan:
         config.training.update({"steps": 3000})
     return config

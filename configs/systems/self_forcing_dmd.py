@@ -18,6 +18,12 @@ from ml_collections import ConfigDict
 from vidar.config import load
 
 CONFIGS = Path(__file__).parent.parent
+# Wan's own negative prompt, which its published students were distilled with.
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
 
 
 def get_config(base: str = "world") -> ConfigDict:
@@ -46,6 +52,7 @@ def get_config(base: str = "world") -> ConfigDict:
         config.teacher = {"preset": "wan_14b", "backend": "splash", "remat": True}
         config.critic = {"preset": "wan_1_3b", "backend": "splash", "remat": True}
         config.roles = {"teacher": {"dtype": "bfloat16"}}
+        config.negative = NEGATIVE
         del config.levels
         config.data = {"prompts": "data/wan/prompts.txt", "frames": 81, "batch": 64}
         config.optimizers = {

@@ -24,7 +24,7 @@ def get_config(base: str = "world") -> ConfigDict:
     if base == "wan_1_3b":
         matching["heads"] = {"taps": (-17, -9, -1)}
         config.objective.teacher = "Wan2.1-T2V-1.3B"
-        del config.teacher, config.roles
+        del config.teacher, config.roles, config.negative
         config.data = {"tfds": "videos", "directory": "data/wan", "frames": 81, "batch": 64}
     config.objective.matching = matching
     return config

@@ -6,18 +6,26 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from tests.ablation.small import finished, loaded, start, written
+from tests.ablation.small import finished, grid, loaded, start, written
+from tests.conftest import ROOT
+from vidar.ablation.card import Budget, load_ablation
 from vidar.ablation.findings import Findings, gather
+from vidar.ablation.grid import expand
 from vidar.ablation.report import write_report
 from vidar.ablation.words import contrast_in_words, number
+from vidar.ablation.worker import _check_spent, _train
 from vidar.cli.main import main
+from vidar.data.world.builder import prepare
+from vidar.errors import DivergenceError
 from vidar.system import load
 
+DISTILLED = ROOT / "configs/ablations/forcing.py"
 ONE_SEED = "--config.seeds=(3,)"
 CELLS = [f"{cell}-seed{seed}" for cell in ("diffusion", "teacher") for seed in (3, 5)]
 
@@ -288,7 +296,40 @@ def test_a_cell_that_skipped_updates_is_not_compared(card, tmp_path, capsys):
     assert "missing: teacher seed 3" in said
     assert "as claimed" not in said
     failed = json.loads((tmp_path / "out" / "cells" / "teacher-seed3" / "failed.json").read_text())
-    assert "were skipped, since they were not finite: the budget of 5 of student is not spent" in failed["error"]
+    assert "student was never updated: 5 of 5 steps had an update that was not finite" in failed["error"]
+
+
+def test_updates_that_the_budget_does_not_count_may_be_skipped():
+    (cell,) = [cell for cell in grid().cells if cell.name == "teacher"]
+    record = {"steps": 60, "skipped": 0, "updates": {"student": 60}}
+    _check_spent(record, grid().ablation.budget, cell)
+    with pytest.raises(DivergenceError, match="1 updates were skipped.*the budget of 60 of student is not spent"):
+        _check_spent(record | {"skipped": 1, "updates": {"student": 59}}, grid().ablation.budget, cell)
+    distilled = expand(load_ablation(DISTILLED), DISTILLED)
+    (cell,) = [cell for cell in distilled.cells if cell.name == "frame-self"]
+    counts = {"student": int(distilled.ablation.budget.amount), "critic": 200}
+    record = {"steps": cell.run.config.training.steps, "skipped": 3, "updates": counts}
+    _check_spent(record, distilled.ablation.budget, cell)
+    with pytest.raises(DivergenceError, match="critic was never updated: 3 of"):
+        _check_spent(record | {"updates": counts | {"critic": 0}}, distilled.ablation.budget, cell)
+
+
+def test_the_time_before_a_stop_is_counted(tmp_path, monkeypatch):
+    """Stopped between two checkpoints of its rhythm, a training in seconds goes on with what is left of them."""
+    config = grid().cells[0].run.placed(tmp_path / "stages", None)
+    source = {"tfds": "vidar_world/one_shape", "directory": str(tmp_path)}
+    prepare(tmp_path, "one_shape", clips=8, validation_clips=2, frames=4)
+    config = replace(
+        config,
+        objective=replace(config.objective, start="init"),
+        data=replace(config.data, **source),
+        training=replace(config.training, steps=10**6, save_every=10**6),
+    )
+    record = _train(config, tmp_path / "run", Budget("seconds", 1.0))
+    assert json.loads((tmp_path / "run" / "clock.json").read_text())[str(record["steps"])] == pytest.approx(
+        record["seconds"], abs=2.0
+    )
+    assert _train(config, tmp_path / "run", Budget("seconds", 1.0))["steps"] == record["steps"]
 
 
 def test_missing_cells_are_listed(whole, card, tmp_path, capsys):

@@ -182,7 +182,7 @@ def test_clips_of_long_rollouts_begin_anywhere_and_bring_their_conditions():
     @jax.jit
     def run(key):
         generated = LONG.generate(MODEL, data, LONG_AXES, key, keys(data))
-        return generated.metrics["clip_start"], generated.conditions.actions
+        return generated.start, generated.conditions.actions
 
     for number in range(12):
         start, actions = run(jax.random.key(number))

@@ -199,6 +199,21 @@ def test_gan(relativistic):
     close(ours(plain, "critic")[0], expected)
 
 
+def test_data_are_judged_from_the_frame_on_where_the_clips_conditions_begin():
+    networks, matching = {"critic": Network(0.7)}, GAN()
+    before = jnp.asarray(RNG.normal(size=(2, 3, *LATENT)), jnp.float32)
+    data, clip = jnp.asarray(DATA, jnp.float32), generated(jnp.asarray(VIDEO, jnp.float32))
+
+    def loss(clip, latents):
+        return float(matching.student_loss(networks, clip, replace(batch(text=False), latents=latents), KEYS)[0])
+
+    longer = jnp.concatenate([before, data], axis=1)
+    assert loss(replace(clip, start=jnp.int32(3)), longer) == pytest.approx(loss(clip, data), rel=1e-6)
+    assert loss(clip, longer) != pytest.approx(loss(clip, data), rel=1e-3)
+    # Where nothing goes along with frames, data are as long as a clip, and all of it.
+    assert loss(replace(clip, start=jnp.int32(3)), data) == pytest.approx(loss(clip, data), rel=1e-6)
+
+
 @pytest.mark.parametrize("matching", [DMD(), SiD()], ids=["dmd", "sid"])
 def test_the_critic_denoises_what_was_generated(matching):
     def loss(x):

@@ -21,6 +21,7 @@ from vidar.models.codecs.geometry import Geometry
 from vidar.models.dit import TextConfig
 from vidar.models.frames import Conditions
 from vidar.models.layers import ContinuousActions, MultiBinaryActions
+from vidar.sampling.guidance import classifier_free
 from vidar.sampling.noise import session_keys
 from vidar.sampling.solvers import FewStep
 from vidar.streaming import Engine
@@ -250,6 +251,21 @@ def test_text_and_kinds_of_actions():
     assert np.abs(one - other).max() > 1e-2
     silent = Engine(plan(window=2, sink=0), Floats(), network(config), text=0 * text, compile_now=False)
     assert np.abs(streamed(silent, [np.float32([0.5, -1])])[0, 0] - one).max() > 1e-2
+
+
+def test_dropped_text_may_have_states_of_its_own():
+    text, negative = np.random.default_rng(0).normal(size=(2, 1, 6, 10)).astype(np.float32)
+    model = network(replace(CONFIG, text=TextConfig(width=10, length=6), actions=None))
+    guided = replace(plan(window=2, sink=0), guidance=classifier_free(3.0, ("text",)))
+
+    def first(**said):
+        return streamed(Engine(guided, Floats(), model, text=text, compile_now=False, **said), [None])[0, 0]
+
+    np.testing.assert_allclose(first(negative=0 * text), first(), atol=1e-5)
+    assert np.abs(first(negative=negative) - first()).max() > 1e-2
+    # Away from itself, it is where it was.
+    plain = Engine(plan(window=2, sink=0), Floats(), model, text=text, compile_now=False)
+    np.testing.assert_allclose(first(negative=text), streamed(plain, [None])[0, 0], atol=1e-4)
 
 
 def test_classes_of_sessions_are_those_of_clips_and_stay_with_snapshots():

@@ -99,6 +99,14 @@ def test_a_causal_network_is_no_teacher_of_whole_clips(sources):
         make_run(distilled(sources, {"teacher": student}, teacher=MODEL | {"width": 8}))
 
 
+def test_a_teacher_that_never_saw_clean_frames_cannot_judge_given_ones(sources, tmp_path):
+    forcing = {"forcing": {"kind": "self", "given": 1}}
+    assert make_run(distilled(sources, forcing))
+    train(make_run(built(levels={"base": {"kind": "shared"}})), tmp_path / "shared")
+    with pytest.raises(ConfigError, match="shared' has never seen clean frames beside noisy ones"):
+        make_run(distilled(sources, {**forcing, "teacher": str(tmp_path / "shared")}))
+
+
 def test_a_critic_of_its_own_shape_needs_weights_of_its_own(sources):
     critic = MODEL | {"width": 8}
     config = distilled(sources, {"critic": str(sources / "student")}, critic=critic)

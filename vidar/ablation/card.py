@@ -116,7 +116,8 @@ class Contrast:
 class Control:
     """The positive control: cells are evaluated again with a known harm done to their context while sampling.
 
-    It shows how large an effect the grid's seeds and clips are able to see.
+    It shows how small an effect metric and clips are able to see in one and the same network; how much networks that
+    are trained with other seeds differ is not in it.
 
     Attributes:
         corrupt: `"commit"`: finished chunks enter the context with real noise up to a level. `"given"`: the given

@@ -98,7 +98,7 @@ def _mean_turns(system: System) -> dict[str, float]:
     objective, steps = system.objective, system.sampler.solver.steps
     forcing = objective.forcing if isinstance(objective, Distillation) else None
     if not isinstance(forcing, SelfForcing):
-        return {"": 0.0}
+        return {"": (steps - 1) / 2}
     # Exit rows are uniform over the solver's steps; before the last passes, which are differentiated, they run here.
     before = sum(max(0, row + 1 - forcing.gradient.passes) for row in range(steps)) / steps
     most = ((forcing.frames or system.sampler.frames) - system.sampler.frames) // system.sampler.chunk

@@ -78,23 +78,30 @@ def _control(findings: Findings) -> list[Block]:
         return [Paragraph("Not measured: no seed has all controlled cells, or the contrast's span has no rollouts.")]
     what = {"commit": "finished chunks noised to a level before they become context", "given": "noise in given frames"}
     words = f"The same networks with a known harm, {what[control.corrupt]}: harmed minus as trained, in {metric}."
-    rows = [
-        (f"{harm.amount:g}", paired_text(harm.effect), f"{harm.effect.seed_probability:.3g}", "yes" if seen else "no")
+    direction = ablation.evaluation.directions[metric]
+    state = {
+        harm.amount: ("no" if not harm.effect.shown else "yes" if harm.effect.mean * direction < 0 else "as a gain")
         for harm in findings.harms
-        for seen in [harm.effect.shown]
+    }
+    rows = [
+        (f"{harm.amount:g}", paired_text(harm.effect), f"{harm.effect.seed_probability:.3g}", state[harm.amount])
+        for harm in findings.harms
     ]
-    seen = [harm for harm in findings.harms if harm.effect.shown]
+    seen = [harm for harm in findings.harms if state[harm.amount] == "yes"]
     if seen:
         first = seen[0]
         said = (
-            f"The smallest amount seen is {first.amount:g}, an effect of {number(first.effect.mean)}: effects of that "
-            "size are within this grid's reach."
+            f"The smallest amount seen is {first.amount:g}, a loss of {number(abs(first.effect.mean))}: metric and "
+            "clips see effects of that size in one and the same network."
         )
     else:
-        said = "None of the harms was seen: this grid cannot see effects of their size; an open contrast says nothing."
+        said = "None of the harms was seen: metric and clips do not see effects of their size, in whatever network."
     contrast = findings.contrast
     if contrast is not None and contrast.low is not None and contrast.high is not None:
-        said += f" The contrast's own interval is {number((contrast.high - contrast.low) / 2)} to either side."
+        said += (
+            " The contrast compares networks of different trainings, which differ by more; its own interval is "
+            f"{number((contrast.high - contrast.low) / 2)} to either side."
+        )
     header = ("amount", f"effect on {metric}, [95 % interval]", "p over seeds", "seen")
     return [Table(header, rows, words), Paragraph(said)]
 

@@ -69,6 +69,7 @@ def _batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
     if model.text is not None:
         tokens = (rows, model.text.length)
         found["text"] = (tokens, jnp.int32) if model.text.encoder else ((*tokens, model.text.width), jnp.float32)
+        found |= {"negative": found["text"]} if config.negative is not None else {}
     if isinstance(model.actions, DiscreteActions):
         found["actions"] = (rows, frames), jnp.int32
     elif model.actions is not None:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--prompts", type=Path, help="file with a prompt on each line")
     text.add_argument("--tfds", help="instead: captions of a prepared TFDS set, such as vidar_world/shapes")
     text.add_argument("--directory", help="TFDS data directory")
+    text.add_argument("--negative", help="also this text, which stands for dropped text (a card's `negative`)")
     text.add_argument("--output", type=Path, required=True, help="directory that receives them")
     text.add_argument("--rows", type=int, default=8, help="prompts encoded at once")
     text.add_argument("--text-encoder-on-cpu", action="store_true", help="keep the text encoder in host memory")
@@ -87,6 +88,7 @@ def _embeddings(options: argparse.Namespace) -> int:
     if (options.prompts is None) == (options.tfds is None):
         raise ConfigError("give --prompts or --tfds, one of them")
     prompts = captions(options.tfds, options.directory) if options.tfds else prompt_lines(options.prompts)
+    prompts = [*prompts, *([] if options.negative is None else [options.negative])]
     folder = Folder.find(local_folder(options.model))
     choices = Choices(text_encoder_on_cpu=options.text_encoder_on_cpu)
     encoder = replace(

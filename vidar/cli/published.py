@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--recipe", help="wan, self_forcing or causvid (default: self_forcing with --weights x.pt, or wan)"
     )
-    how.add_argument("--weights", help="transformer in place of the folder's, such as a student's .pt; path or hub id")
+    how.add_argument(
+        "--weights", help="transformer in place of the folder's, such as a student's .pt or a run; path or hub id"
+    )
     how.add_argument("--part", help="network of a PyTorch file, such as generator_ema")
     how.add_argument("--lora", help="adapter that is merged in; path or hub id")
     how.add_argument("--lora-scale", type=float, help="its strength (default: 1), times the alpha / rank that it holds")

@@ -54,7 +54,10 @@ def run(options: argparse.Namespace) -> int:
     enable_compilation_cache()
     pipeline = published.load(options, window=None, sink=None)  # these are the stream's
     system, model = pipeline.system, pipeline.model
-    text = pipeline.states(None if options.prompt is None else [options.prompt])
+    # The empty prompt is what guidance leads away from, as in `vidar generate`.
+    guided = options.prompt is not None and len(system.sampler.guidance) > 1
+    states = pipeline.states(None if options.prompt is None else [options.prompt, ""] if guided else [options.prompt])
+    text, negative = (states[:1], states[1:]) if guided else (states, None)
     if not system.sampler.program.lag:
         raise ConfigError(
             f"{options.model}: makes whole clips at once; to stream, it must be causal (--recipe self_forcing)"
@@ -63,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     # A single image is a chunk of its own.
     alone = options.first is not None and options.given == 1 and system.config.video.chunk > 1
     sampler = streaming_sampler(system, options.window, options.sink, positions, first=alone)
-    engine = Engine(sampler, pipeline.codec, model, text=text)
+    engine = Engine(sampler, pipeline.codec, model, text=text, negative=negative)
     video = system.config.video
     step = pipeline.codec.config.frames_per_latent
     # The first of a stream's latent frames is one frame, each other `step`.

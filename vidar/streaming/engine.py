@@ -44,7 +44,15 @@ class Engine:
     """
 
     def __init__(
-        self, sampler: Sampler, codec: Any, model: Any, *, rows: int = 1, text: Any = None, compile_now: bool = True
+        self,
+        sampler: Sampler,
+        codec: Any,
+        model: Any,
+        *,
+        rows: int = 1,
+        text: Any = None,
+        negative: Any = None,
+        compile_now: bool = True,
     ):
         """Compiles all executables.
 
@@ -54,6 +62,7 @@ class Engine:
             model: The network.
             rows: Sessions.
             text: Text states `[rows, s, c]` for networks with text, or None.
+            negative: Those that stand for dropped text, where it guides; None for zeros.
             compile_now: Whether to compile and warm up here; else at the first use.
 
         Raises:
@@ -72,7 +81,8 @@ class Engine:
         self.rows = rows
         self.timing = Timing()
         self._model = model
-        self._text = None if text is None else sampler.encode(model, Conditions(text=jnp.asarray(text))).text
+        said = Conditions(text=text, negative=negative)
+        self._text = None if text is None else sampler.encode(model, jax.tree.map(jnp.asarray, said)).text
         # Frames cross to the host; everything that comes in is placed explicitly, so that a transfer guard can stay on.
         mesh = jax.sharding.get_mesh()
         self._place = partial(jax.device_put, device=None if mesh.empty else NamedSharding(mesh, PartitionSpec()))

@@ -12,5 +12,6 @@ from vidar.system.config import PlanConfig as PlanConfig
 from vidar.system.config import SystemConfig as SystemConfig
 from vidar.system.config import VideoConfig as VideoConfig
 from vidar.system.config import system_config as system_config
+from vidar.system.load import is_trained as is_trained
 from vidar.system.load import load as load
 from vidar.system.load import load_start as load_start

@@ -83,7 +83,8 @@ class System:
 
         Args:
             batch: `pixels` uint8 `[b, f, h, w, 3]` (or `latents`), `index`, and conditions that the network uses;
-                `text` holds states `[b, s, c]`, or tokens `[b, s]` for a network with a text encoder.
+                `text` holds states `[b, s, c]`, or tokens `[b, s]` for a network with a text encoder; `negative` those
+                that stand for dropped text, if zeros do not.
 
         Returns:
             The batch, with pixels encoded; without latents where there are prompts alone.
@@ -103,7 +104,8 @@ class System:
         missing = [name for name, wanted in used.items() if wanted and name not in batch]
         if missing:
             raise DataError(f"the network needs {' and '.join(missing)}, which the batches lack: {sorted(batch)}")
-        conditions = Conditions(**{name: batch[name] for name, wanted in used.items() if wanted})
+        known = {name: batch[name] for name, wanted in used.items() if wanted}
+        conditions = Conditions(**known, negative=batch.get("negative"))
         return Batch(latents, conditions, batch["index"].astype(jnp.int32), batch.get("trajectory"))
 
 

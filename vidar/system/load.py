@@ -60,6 +60,11 @@ def load(source: str | Path, role: str = "student") -> tuple[System, DiT]:
     return system, merge(load_start(choice.source, role, system.model_config(role))[1], trained)
 
 
+def is_trained(path: Path) -> bool:
+    """Whether `load` takes it: the directory of a run, or weights of vidar's."""
+    return is_weights(path) or (path / "checkpoints").is_dir()
+
+
 def load_start(source: str, role: str, config: DiTConfig) -> tuple[System | None, DiT]:
     """Loads what a role starts from, into the host's memory where there is a way.
 
@@ -75,7 +80,7 @@ def load_start(source: str, role: str, config: DiTConfig) -> tuple[System | None
         CheckpointError: There is nothing to load, or it is damaged.
     """
     path = Path(source)
-    ours = is_weights(path) or (path / "checkpoints").is_dir()
+    ours = is_trained(path)
     part = Path(source.rpartition(":")[0]).is_file()
     if path.is_dir() and not ours and not Folder.is_one(path):
         raise CheckpointError(f"{source}: neither a run's directory (with checkpoints/) nor a published model's folder")

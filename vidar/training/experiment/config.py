@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vidar.config import load
 from vidar.data.pipeline import DataConfig
-from vidar.errors import check_range
+from vidar.errors import ConfigError, check_range
 from vidar.sharding import MeshConfig
 from vidar.system import SystemConfig, system_config
 from vidar.training.config import TrainingConfig
@@ -47,6 +47,8 @@ class RunConfig(SystemConfig):
         mesh: Sizes of the mesh axes.
         evaluation: Generation from held-out clips.
         embeddings: Directory of the text states of all captions (`vidar data embeddings`), for models with text.
+        negative: Text that stands for dropped text, such as a negative prompt or `""`; its states are there, too. None
+            for zeros.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -55,6 +57,11 @@ class RunConfig(SystemConfig):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     embeddings: str | None = None
+    negative: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.negative is not None and self.embeddings is None:
+            raise ConfigError("negative: is looked up in embeddings, which is not set")
 
 
 def load_run_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:

@@ -263,6 +263,8 @@ def _numeric(config: RunConfig, embeddings: Embeddings | None, batch: Mapping[st
                 f"{text.shape[1]} × {text.shape[2]}"
             )
         batch = {**batch, "text": text}
+        if config.negative is not None:
+            batch["negative"] = np.broadcast_to(embeddings.read(config.negative), text.shape)
     size = batch["pixels"].shape[2:4] if "pixels" in batch else (video.height, video.width)
     if size != (video.height, video.width):
         raise ConfigError(
@@ -279,6 +281,7 @@ def _numeric(config: RunConfig, embeddings: Embeddings | None, batch: Mapping[st
     wanted |= {"actions"} if model.actions else set()
     wanted |= {"label"} if model.classes else set()
     wanted |= {"text"} if model.text else set()
+    wanted |= {"negative"} if config.negative is not None else set()
     wanted |= {"trajectory"} if isinstance(config.objective, OdeRegression) else set()
     missing = wanted - set(batch) - {"pixels", "latents", "trajectory"}
     if missing:
