@@ -61,9 +61,9 @@ def test_conversion(tmp_path, monkeypatch):
 
     config = replace(SMALL, width=128, heads=1)
     tensors = network_tensors("transformer", config, "original")
-    save_tensors("self_forcing_dmd.pt", tensors)
+    save_tensors("checkpoints/self_forcing_dmd.pt", tensors)
     run(snippets()[2])
-    for path in ("trained.pt", "self_forcing_dmd.pt"):
+    for path in ("trained.pt", "checkpoints/self_forcing_dmd.pt"):
         found = open_tensors(path, "generator_ema")
         assert found.keys() == tensors.keys()
         for name, stored in tensors.items():

@@ -4,7 +4,7 @@ Paper: the teacher-forcing baseline of Self Forcing (arXiv 2506.08009, section 3
 Data: `vidar data doom --output data/doom` (60,000 frames of 32×32)
 Command: `vidar train --config configs/doom/teacher_forcing.py --workdir runs/doom_teacher_forcing`
 Hardware: 2 CPU cores, about an hour and a half; 64 tokens a frame, 6 frames a clip. Resumable at any time.
-Metric: sign of the mean horizontal optical flow under turn left against turn right (`vidar data` held-out starts).
+Metric: `vidar eval turning --model runs/doom_teacher_forcing --records data/doom --output runs/turning`
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ Papers: consistency models (arXiv 2303.01469); the causal initialisation that Ca
 Command: `vidar train --config configs/systems/consistency.py:BASE --workdir runs/BASE_consistency`
     BASE is world (the default), doom, captions or wan_1_3b, each after its teacher_forcing.py: teacher and start.
 Hardware: as the base's teacher_forcing.py, with three passes in place of one.
-Metric: as self_forcing_dmd.py, which it starts.
+Metric: as self_forcing_dmd.py, which may start from it (`--config.objective.student=runs/BASE_consistency`).
 """
 
 from pathlib import Path

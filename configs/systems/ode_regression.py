@@ -5,11 +5,13 @@ Data: `vidar data trajectories --model runs/world_teacher --tfds vidar_world/one
     --times 1000,750,500,250 --shift 5 --solver-steps 48 --count 4096 --output data/world_trajectories`;
     captions: `vidar data trajectories --model runs/captions_teacher --tfds vidar_world/captioned --directory data/world
     --times 1000,750,500,250 --shift 5 --solver-steps 16 --count 2048 --output data/captions_trajectories`;
+    doom: `vidar data trajectories --model runs/doom_teacher --records data/doom --given 1 --times 1000,750,500,250
+    --shift 5 --solver-steps 48 --count 4096 --output data/doom_trajectories`;
     wan_1_3b: the same from a published teacher and prompts, or `--lmdb` for the pairs that CausVid published.
 Command: `vidar train --config configs/systems/ode_regression.py:BASE --workdir runs/BASE_ode`
     BASE is world (the default), doom, captions or wan_1_3b.
 Hardware: world, doom and captions: 2 CPU cores; wan_1_3b: 8 TPU v5p, 3,000 updates in CausVid.
-Metric: as self_forcing_dmd.py, which it starts.
+Metric: as self_forcing_dmd.py, which may start from it (`--config.objective.student=runs/BASE_ode`).
 """
 
 from pathlib import Path

@@ -2,7 +2,8 @@
 
 Paper: Self Forcing (arXiv 2506.08009), relativistic with penalties on the slope (R3GAN, arXiv 2501.05441).
 Command: `vidar train --config configs/systems/self_forcing_gan.py:BASE --workdir runs/BASE_self_forcing_gan`
-    BASE and what comes before as for self_forcing_dmd.py; wan_1_3b needs latents of videos.
+    BASE and what comes before as for self_forcing_dmd.py; wan_1_3b needs latents of videos, which cannot be
+    read yet.
 Hardware: as self_forcing_dmd.py, without the teacher.
 Metric: as self_forcing_dmd.py; wan_1_3b: VBench 83.88 / 85.06 / 79.16 in the paper, on 70,000 videos made by Wan 14B.
 """

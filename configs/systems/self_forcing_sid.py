@@ -1,4 +1,4 @@
-"""Self forcing with SiD: both scores are differentiated; teacher and critic have the student's size.
+"""Self forcing with SiD: both scores are differentiated; teacher and critic have one size.
 
 Paper: Self Forcing (arXiv 2506.08009), SiD (arXiv 2404.04057).
 Command: `vidar train --config configs/systems/self_forcing_sid.py:BASE --workdir runs/BASE_self_forcing_sid`

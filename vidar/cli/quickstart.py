@@ -1,4 +1,4 @@
-"""`vidar quickstart`: the whole path in ten minutes, or the shipped weights made again.
+"""`vidar quickstart`: the whole path in six minutes, or the shipped weights made again.
 
 Makes data, trains teacher forcing from scratch, runs a few self-forcing updates from the shipped networks, streams both
 models and compares them with the simulated truth.
