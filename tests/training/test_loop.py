@@ -169,6 +169,13 @@ def test_too_many_non_finite_steps_end_the_run(tmp_path):
         train(triple.run(), tmp_path / "triple")
 
 
+def test_a_network_that_never_learns_ends_the_run_whatever_the_others_do(tmp_path):
+    few = TrainingConfig(steps=20, log_every=2, save_every=20, max_nonfinite=3, tensorboard=False)
+    toy = Toy(objective=Regression(every=1, poison=tuple(range(4, 20)), poisoned=("generator",)), training=few)
+    with pytest.raises(DivergenceError, match=r"step 8: 4 updates in a row"):
+        train(toy.run(), tmp_path / "run")
+
+
 def test_callbacks_get_the_averaged_networks_and_write_rows(tmp_path):
     calls = []
 

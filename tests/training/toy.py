@@ -54,6 +54,7 @@ class Regression:
     ema_start: int = 200
     noise: float = 0.0
     poison: tuple[int, ...] = ()
+    poisoned: tuple[str, ...] = ("generator", "critic")
     critic_source: str = "init"
     trainable: Any = None
 
@@ -86,7 +87,7 @@ class Regression:
             )
         else:
             error_b = jnp.mean((networks["critic"](x_btm) - y_btm) ** 2, axis=(1, 2))
-        for bad in self.poison:
+        for bad in self.poison if phase in self.poisoned else ():
             error_b = jnp.where(step == bad, jnp.nan, error_b)
         even_b = (batch["index"] % 2 == 0).astype(jnp.float32)
         metrics = {"even:sum": jnp.sum(error_b * even_b), "even:count": jnp.sum(even_b), "largest": jnp.max(error_b)}

@@ -56,6 +56,7 @@ class Reporter:
         self._peak_flops = None if peak is None else peak.flops * mesh.size
         self._health = Health()
         self._reports: dict[str, Any] = {}
+        self._without: dict[str, int] = {}
         self._due: tuple[int, dict[str, Any], dict[str, float]] | None = None
         # Only a person's terminal shows a bar; a log file would be filled by it, and gets a line now and then.
         silent = True if jax.process_index() else None
@@ -114,7 +115,10 @@ class Reporter:
             if window.number == number:
                 means = window_means(self._names[phase], window.sums, int(window.count))
                 row |= {f"{phase}/{name}": value for name, value in means.items()}
-                worst = max(worst, int(window.most_in_a_row))
+                # Updates of other phases in between do not make up for those of this one.
+                alone = 0 if int(window.count) else self._without.get(phase, 0) + int(window.skipped)
+                self._without[phase] = alone
+                worst = max(worst, int(window.most_in_a_row), alone)
         latest = max(reports.values(), key=lambda report: sum(map(int, report["updates"].values())))
         row |= {f"updates/{phase}": int(count) for phase, count in latest["updates"].items()}
         row |= {f"ema_updates/{role}": int(count) for role, count in latest["ema_updates"].items()}
