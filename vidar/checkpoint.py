@@ -304,7 +304,8 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 def _placed(leaves: dict[str, Any]) -> dict[str, Any]:
     """Returns abstract leaves, each with a sharding: Orbax would else put arrays where they were saved."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    here = jax.sharding.SingleDeviceSharding(chosen if isinstance(chosen, jax.Device) else jax.local_devices()[0])
     return {
         key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
         for key, leaf in leaves.items()

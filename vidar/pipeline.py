@@ -190,7 +190,7 @@ class Pipeline:
         count = sampler.frames
         labels = row_labels(label, self.model.config.classes, rows)
         conditions = Conditions(
-            **self._text(prompts, negative, sampler),
+            **self.told(prompts, negative, sampler),
             **self._image(image, count),
             actions=None if actions is None else jnp.asarray(actions[:, :count]),
             label=None if labels is None else jnp.asarray(labels),
@@ -277,7 +277,21 @@ class Pipeline:
             raise ConfigError("the model came without a text encoder or its tokenizer, so prompts cannot be read")
         return self.text(prompts)
 
-    def _text(self, prompts: Sequence[str] | None, negative: str, sampler: Sampler) -> dict[str, Any]:
+    def told(self, prompts: Sequence[str] | None, negative: str, sampler: Sampler) -> dict[str, Any]:
+        """What the network is told of prompts.
+
+        Args:
+            prompts: One for each clip, or None.
+            negative: What none of them shows, where text guides.
+            sampler: Whose guidance decides.
+
+        Returns:
+            `text` `[b, s, c]` (tokens `[b, s]` for the network's own encoder), or None; and `negative`, of the same
+            shape, where text guides.
+
+        Raises:
+            ConfigError: As `states`; or a negative prompt is given where nothing guides.
+        """
         guided = prompts is not None and len(sampler.guidance) > 1
         if negative and not guided:
             raise ConfigError("a negative prompt acts through guidance by text, of which there is none: leave it out")
@@ -378,15 +392,19 @@ def _published(folder: Folder, choices: Choices, progress: Progress) -> Pipeline
     path = folder.transformer if choices.weights is None else Path(choices.weights)
     # A student's file says nothing of its heads: they are those of the folder's own transformer.
     precision = Precision(choices.precision, choices.precision)
+    own = None
     if is_trained(path):
-        found = _trained_here(path, choices.part, precision)
+        if choices.part is not None or choices.recipe is not None:
+            raise ConfigError(f"{path}: was trained here, and says itself how it is sampled: leave part and recipe out")
+        trained, model = load(path)
+        own, found = trained.config, _as_published(model, precision, path)
     else:
         found = open_network(path, choices.part, precision, folder.transformer)
     if found.kind != "transformer":
         raise CheckpointError(f"{path}: holds a {found.kind}, a transformer is wanted here")
     if choices.lora is not None:
         found = merged_into(found, open_adapter(choices.lora), choices.lora_scale)
-    system = compose(_system(found.config, codec.config, choices, path))
+    system = compose(_system(found.config, codec.config, choices, path, own))
     image = None
     if found.config.image is not None and folder.image_encoder is not None:
         image = _network("image_encoder", folder.image_encoder, choices.precision, progress)
@@ -401,11 +419,9 @@ def _published(folder: Folder, choices: Choices, progress: Progress) -> Pipeline
     return Pipeline(system, found.load(progress), codec, text, image)
 
 
-def _trained_here(path: Path, part: str | None, precision: Precision) -> Network:
-    """The student of a run or of weights of vidar's, as if it were published."""
-    if part is not None:
-        raise ConfigError(f"{path}: part {part!r} was asked for, but only PyTorch files hold several networks")
-    model, kind = load(path)[1], KINDS["transformer"]
+def _as_published(model: DiT, precision: Precision, path: Path) -> Network:
+    """A network that was trained here, as if it were read from another project's file."""
+    kind = KINDS["transformer"]
     config, table = replace(model.config, precision=precision, backend="xla", remat=False), kind.table(model.config)
     tensors = tensors_of(model, table, "original")
     return Network("transformer", config, "original", kind.template(config), table, tensors, str(path))
@@ -444,10 +460,13 @@ def load_text_encoder(folder: Folder, choices: Choices = Choices(), progress: Pr
     return TextEncoder(network, tokenizer)
 
 
-def _system(model: Any, codec: Any, choices: Choices, path: Path) -> SystemConfig:
-    """The system of a published transformer, by its recipe."""
-    student = choices.weights is not None and path.suffix in TORCH_SUFFIXES
-    recipe = RECIPES[choices.recipe or ("self_forcing" if student else "wan")]
+def _system(model: Any, codec: Any, choices: Choices, path: Path, own: SystemConfig | None) -> SystemConfig:
+    """The system of a published transformer, by its recipe; or of a student trained here, by its own."""
+    if own is None:
+        student = choices.weights is not None and path.suffix in TORCH_SUFFIXES
+        recipe = RECIPES[choices.recipe or ("self_forcing" if student else "wan")]
+    else:
+        recipe = Recipe(own.solver, own.video.chunk if own.plan.lag != 0 else None)
     chunk = recipe.chunk if choices.chunk is None else choices.chunk
     if recipe.chunk is None and (choices.chunk or choices.window or choices.sink):
         raise ConfigError("chunk, window and sink are for causal models: choose a recipe such as self_forcing")
@@ -457,6 +476,8 @@ def _system(model: Any, codec: Any, choices: Choices, path: Path) -> SystemConfi
     if min(choices.height, choices.width) < 1 or choices.height % side or choices.width % side:
         raise ConfigError(f"{choices.height}×{choices.width} pixels: height and width must be multiples of {side}")
     scale = recipe.guidance if choices.guidance is None else choices.guidance
+    guidance = own.guidance if own is not None and choices.guidance is None else classifier_free(scale, ("text",))
+    context = ContextConfig(choices.window, choices.sink)
     return SystemConfig(
         objective=Diffusion(),
         video=VideoConfig(choices.height, choices.width, frames - frames % (chunk or 1), chunk or 1),
@@ -464,9 +485,9 @@ def _system(model: Any, codec: Any, choices: Choices, path: Path) -> SystemConfi
         model=model,
         visibility=ChunkCausal() if chunk else Bidirectional(),
         solver=_solver(recipe.solver, choices),
-        plan=PlanConfig(lag=None if chunk else 0),
-        context=ContextConfig(choices.window, choices.sink),
-        guidance=classifier_free(scale, ("text",)),
+        plan=PlanConfig(lag=None if chunk else 0) if own is None else own.plan,
+        context=own.context if own is not None and context == ContextConfig() else context,
+        guidance=guidance,
     )
 
 

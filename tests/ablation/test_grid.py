@@ -11,6 +11,7 @@ from tests.ablation.small import grid, values
 from vidar.ablation.card import Budget, load_ablation
 from vidar.ablation.cost import steps_within, total_flops
 from vidar.ablation.grid import completed, expand, merged, steps_for
+from vidar.ablation.records import read_json, settle
 from vidar.errors import ConfigError
 from vidar.objectives.protocol import Phase
 
@@ -194,10 +195,13 @@ SMALL = values()
             "cell x: knows fewer than the 5 discrete actions",
         ),
         ({"extra": {"x": {"overrides": {"model": {"classes": 7}}}}}, "needs one of 7 classes, the evaluation tells 3"),
-        ({"extra": {"x": {"overrides": {"video": {"width": 20}}}}}, "cell x: makes frames of 16×20, evaluation world"),
+        (
+            {"extra": {"x": {"overrides": {"video": {"width": 20}}}}},
+            "cell x: makes frames of 16×20, the evaluation has 16×16",
+        ),
         (
             {"extra": {"x": {"overrides": {"model": {"text": {"width": 8, "length": 8}}}}}},
-            "cell x: needs text, which evaluation world has none of",
+            "cell x: needs text, which the evaluation has none of",
         ),
         ({"combinations": ({"where": {"forcing": "none"}},)}, "no forcing=none; known: diffusion, teacher"),
         (
@@ -238,3 +242,15 @@ def test_a_document_of_a_version_with_fewer_options_is_completed_with_defaults()
 @pytest.mark.parametrize("card", sorted(Path("configs/ablations").glob("*.py")), ids=lambda card: card.stem)
 def test_shipped_cards_can_be_composed(card):
     assert expand(load_ablation(card), card).cells
+
+
+def test_stages_may_come_later(tmp_path):
+    """To a grid without any; and one without them goes on beside it."""
+    growing = ("seeds", "stages", "cells")
+    small = grid(stages={}, factors={"forcing": {"teacher": {}, "diffusion": {}}})
+    large = grid(
+        factors={"forcing": {"teacher": {}, "diffusion": {}}}, extra={"x": SMALL["factors"]["forcing"]["teacher"]}
+    )
+    for document in (small.document(), large.document(), small.document()):
+        settle(tmp_path / "record.json", document, "an ablation", growing)
+    assert read_json(tmp_path / "record.json")["grown"] == [{"stages": ["start"], "cells": ["x"]}]

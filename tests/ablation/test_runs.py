@@ -215,17 +215,22 @@ def test_a_grid_grows_by_seeds_and_cells(whole, card, tmp_path, capsys):
     assert "missing: more seed 3, more seed 5" in said
     assert "Added after" not in said
     assert (output / "ablation.json").read_text() == record
+    assert main([*command, more, "--config.seeds=(3,)"]) == 0
+    assert (output / "cells" / "more-seed3" / "done.json").exists()
     assert main([*command, "--config.seeds=(3, 5, 6)"]) == 0
     said = capsys.readouterr().out
     assert "missing" not in said
     assert "over 3 seeds × 3 clips" in said
     assert "Added after the ablation was begun: seeds 6." in said
+    assert "Left out here, though they are of this ablation: cells more." in said
     assert {path: path.read_bytes() for path in before} == before
-    assert json.loads((output / "ablation.json").read_text())["grown"] == [{"seeds": [6]}]
+    record = json.loads((output / "ablation.json").read_text())
+    assert record["grown"] == [{"cells": ["more"]}, {"seeds": [6]}]
+    assert sorted(record["config"]["cells"]) == ["diffusion", "more", "teacher"]
     assert main([*command, "--config.seeds=(6, 3)", "--report"]) == 0
     said = capsys.readouterr().out
     assert "over 2 seeds × 3 clips" in said
-    assert "Left out here, though they are of this ablation: seeds 5." in said
+    assert "Left out here, though they are of this ablation: seeds 5; cells more." in said
     assert main(command) == 0  # as a process that was at work meanwhile
     assert json.loads((output / "ablation.json").read_text())["config"]["seeds"] == [3, 5, 6]
 

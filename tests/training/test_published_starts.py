@@ -1,6 +1,9 @@
 """The Wan card of self forcing on published files, tiny and of random weights: from prompts to videos of a student."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,8 +14,12 @@ from vidar.config import to_dict
 from vidar.data.video import read_video
 from vidar.errors import ConfigError
 from vidar.interop.networks import open_transformer
-from vidar.interop.targets import save_tensors
+from vidar.interop.targets import save_tensors, write_json
 from vidar.models.layers import Precision
+from vidar.objectives import targets
+from vidar.objectives.forcing import Generated
+from vidar.pipeline import Choices, load_pipeline
+from vidar.preparation.embeddings import Embeddings
 from vidar.system import load
 from vidar.training.experiment import load_run_config, make_run
 
@@ -29,6 +36,7 @@ def places(tmp_path_factory):
     make_folder(root / "Wan2.1-T2V-14B")
     tensors = network_tensors("transformer", transformer_config(image=False), "original", seed="student")
     save_tensors(root / "ode_init.pt", tensors)
+    write_json(root / "config.json", {"dim": 48, "num_heads": 2})
     (root / "prompts.txt").write_text("a fox runs\ntwo dogs play\n")
     states = ["--prompts", str(root / "prompts.txt"), "--output", str(root / "states"), "--negative", NEGATIVE]
     assert main(["data", "embeddings", "--model", str(root / "Wan2.1-T2V-14B"), *states]) == 0
@@ -62,7 +70,9 @@ def test_published_weights_are_distilled_and_sampled(places, tmp_path):
     run = make_run(load_run_config(places / "card.py"))
     starts = {"student": "ode_init.pt:generator_ema", "critic": "Wan2.1-T2V-1.3B", "teacher": "Wan2.1-T2V-14B"}
     for role, source in starts.items():
-        expected = open_transformer(str(places / source), FP32, 24).load()
+        # The frozen teacher is stored as its role says.
+        precision = replace(FP32, params="bfloat16") if role == "teacher" else FP32
+        expected = open_transformer(str(places / source), precision).load()
         same(jax.tree.leaves((run.initial | run.frozen)[role]), jax.tree.leaves(expected))
     assert main(["train", "--config", str(places / "card.py"), "--workdir", str(tmp_path / "run")]) == 0
     _, trained = load(tmp_path / "run")
@@ -71,29 +81,51 @@ def test_published_weights_are_distilled_and_sampled(places, tmp_path):
     clips = []
     for weights in (tmp_path / "run", places / "ode_init.pt"):
         out = tmp_path / f"{weights.name}.mp4"
-        how = ["--recipe", "self_forcing", "--size", "32x48", "--precision", "float32", "--frames", "9"]
+        how = ["--size", "32x48", "--precision", "float32", "--frames", "9"]
         words = ["--model", str(places / "Wan2.1-T2V-1.3B"), "--weights", str(weights), "--prompt", "a fox"]
         assert main(["generate", *words, *how, "--output", str(out)]) == 0
         clips.append(read_video(out))
     assert len(clips[0]) == 9
     assert (clips[0] != clips[1]).any()
+    # A run says itself how it is sampled.
+    own = load_pipeline(places / "Wan2.1-T2V-1.3B", Choices(weights=tmp_path / "run", height=32, width=48, frames=9))
+    wanted = run.axes.sampler
+    for part in ("solver", "chunk", "lag", "commit", "context", "guidance"):
+        assert getattr(own.system.sampler, part) == getattr(wanted, part)
+    with pytest.raises(ConfigError, match="says itself how it is sampled"):
+        load_pipeline(places / "Wan2.1-T2V-1.3B", Choices(weights=tmp_path / "run", recipe="wan"))
 
 
 def test_dropped_text_is_the_negative_prompt(places):
     config = load_run_config(places / "card.py")
     run = make_run(config)
     batch = run.prepare_batch({"caption": np.array([b"a fox runs", b"two dogs play"]), "index": np.arange(2)})
-    assert batch["negative"].shape == batch["text"].shape
-    assert (batch["negative"][0] == batch["negative"][1]).all()
-    assert np.abs(batch["negative"][0, :3].astype(np.float32)).max() > 0.1
+    expected = Embeddings(places / "states").read(NEGATIVE)
+    np.testing.assert_array_equal(batch["negative"], np.stack([expected, expected]))
+    assert (batch["negative"] != batch["text"]).any()
+    # The teacher's guidance leads away from it.
+    networks = {role: jax.tree.map(jnp.asarray, (run.initial | run.frozen)[role]) for role in run.objective.roles}
+    video = np.random.default_rng(0).normal(size=(2, 6, 4, 6, 16)).astype(np.float32)
+
+    def loss(batch):
+        prepared = run.objective.system.prepare(batch)
+        keys = targets.clip_keys(jax.random.key(0), prepared.index)
+        made = Generated(jnp.asarray(video), prepared.conditions, {})
+        return float(config.objective.matching.student_loss(networks, made, prepared, keys)[0])
+
+    zeros = {name: value for name, value in batch.items() if name != "negative"}
+    assert loss(batch) != pytest.approx(loss(zeros), rel=1e-4)
+    assert loss(batch | {"negative": 0 * batch["negative"]}) == pytest.approx(loss(zeros), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"objective.teacher": "ode_init.pt:critic"}, "critic"),
-        ({"objective.teacher": "."}, "neither a run's directory .* nor a published model's folder"),
-        ({"objective.teacher": "nothing.pt"}, "nothing.pt"),
+        ({"objective.teacher": "ode_init.pt:critic"}, "ode_init.pt: .*'critic'"),
+        ({"model.heads": "4"}, "is a network with heads=2, the config's student has heads=4"),
+        ({"model.text.length": "64"}, "model.text is 64 × 32, but embeddings="),
+        ({"objective.teacher": "."}, "neither a run's directory .* nor a published model"),
+        ({"objective.teacher": "nothing.pt"}, "nothing.pt: neither a run's directory .* nor a published model"),
         ({"objective.critic": "Wan2.1-T2V-14B/vae"}, "holds a vae, a transformer is wanted"),
         ({"teacher.mlp": "64"}, "is a network with mlp=96, the config's teacher has mlp=64"),
         ({"negative": "'never prepared'"}, "never prepared"),

@@ -24,6 +24,9 @@ from vidar.system import OnData, System, compose
 from vidar.training.experiment import RunConfig
 from vidar.training.state import by_path, from_paths, joined, phases_of
 
+# A budget in FLOPs may lead beyond a card's own steps, to phases that come later.
+_LOOKED_THROUGH = 100_000
+
 
 def phase_flops(config: RunConfig, batch: Any) -> dict[str, float]:
     """Counts one update of each phase.
@@ -40,7 +43,7 @@ def phase_flops(config: RunConfig, batch: Any) -> dict[str, float]:
     plain = {role: replace(network, backend="xla", remat=False) for role, network in networks.items()}
     system = compose(replace(config, **plain))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
-    phases = phases_of(system.objective, config.training.steps)
+    phases = phases_of(system.objective, max(config.training.steps, _LOOKED_THROUGH))
     return {name: _count(system, phase, shapes) for name, phase in phases.items()}
 
 

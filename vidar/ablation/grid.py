@@ -24,7 +24,7 @@ from vidar.training.experiment import RunConfig
 
 STAGE = "stage:"
 _WORLD = "vidar_world/"
-# A budget in seconds or FLOPs ends a run long before; objectives are asked for the phases of each step.
+# A budget in seconds ends a run long before; objectives are asked for the phases of each step.
 _MOST_STEPS = 200_000
 
 
@@ -241,7 +241,7 @@ def _cell(
         except ConfigError as error:
             raise ConfigError(f"cell {name}: {error}") from error
         config = replace(config, training=replace(config.training, steps=steps))
-    else:
+    if ablation.budget.unit == "seconds":
         config = replace(config, training=replace(config.training, steps=_MOST_STEPS))
     return Trained(name, config, _stages_of(config, ablation, f"cell {name}"))
 
@@ -376,14 +376,13 @@ def _check_shown(cell: Cell, evaluation: Evaluation) -> None:
     config, form = cell.run.config, evaluation.form
     model, size = config.model, (config.video.height, config.video.width)
     if model.text is not None:
-        raise ConfigError(f"cell {cell.name}: needs text, which evaluation {evaluation.kind} has none of")
+        raise ConfigError(f"cell {cell.name}: needs text, which the evaluation has none of")
     if form is None:
         return
     wanted, actions, classes = form
     if size != wanted:
         raise ConfigError(
-            f"cell {cell.name}: makes frames of {size[0]}×{size[1]}, evaluation {evaluation.kind} has "
-            f"{wanted[0]}×{wanted[1]}"
+            f"cell {cell.name}: makes frames of {size[0]}×{size[1]}, the evaluation has {wanted[0]}×{wanted[1]}"
         )
     if model.actions is not None and (not isinstance(model.actions, DiscreteActions) or model.actions.count < actions):
         raise ConfigError(f"cell {cell.name}: knows fewer than the {actions} discrete actions of the evaluation")

@@ -184,7 +184,8 @@ class DoomEvaluation(Evaluation):
         if not Path(self.records).is_dir():
             return None
         found = Episodes(self.records, self.split).form
-        return tuple(found.size), 0 if found.actions is None else len(found.actions.names), None
+        height, width = found.size
+        return (height, width), 0 if found.actions is None else len(found.actions.names), None
 
     def metrics_of(self, span: str) -> tuple[str, ...]:
         """The turning test has one metric of its own."""

@@ -128,7 +128,7 @@ def compare(path: Path, document: Any, what: str, growing: Iterable[str] = ()) -
     added: dict[str, list[Any]] = {}
     for name in growing:
         old, new = (before.get(name) if isinstance(before, dict) else None), document[name]
-        if isinstance(old, type(new)) and any(entry in old for entry in new):
+        if isinstance(old, type(new)) and (not old or not new or any(entry in old for entry in new)):
             added[name] = [entry for entry in new if entry not in old]
             before[name], document[name] = _common(old, new), _common(new, old)
     for place, was, now in differences(before, document):

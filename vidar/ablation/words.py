@@ -68,7 +68,10 @@ def contrast_in_words(findings: Findings) -> list[str]:
 
 def _grown(findings: Findings) -> list[str]:
     """Sentences where the ablation is larger than it was meant to be when it was begun, or this is not all of it."""
-    added = [(name, entries) for growth in findings.grown for name, entries in growth.items() if name != "stages"]
+    here = {"seeds": findings.grid.ablation.seeds, "cells": [cell.name for cell in findings.grid.cells]}
+    grown = [(name, growth.get(name, ())) for growth in findings.grown for name in here]
+    added = [(name, [entry for entry in entries if entry in here[name]]) for name, entries in grown]
+    added = [(name, entries) for name, entries in added if entries]
     said = []
     if added:
         said.append(

@@ -265,8 +265,8 @@ def _make_stage(grid: Grid, layout: Layout, name: str) -> None:
     with alone(directory, f"stage {name}"):
         settle(directory / RECORD, grid.stage_document(name), "a stage")
         if not (directory / DONE).exists():
-            record = _train(_placed(grid, layout, grid.stages[name]), directory, None)
             try:
+                record = _train(_placed(grid, layout, grid.stages[name]), directory, None)
                 _check_spent(record)
             except DivergenceError as error:
                 raise DivergenceError(f"stage {name}: {error}") from error

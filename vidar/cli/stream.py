@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="script such as '1*8,2*8', by number, repeated; '-' reads one action a tick from stdin",
     )
     parser.add_argument("--prompt", help="what the video shows, for models with text")
+    parser.add_argument("--negative", default="", help="what it does not show, where text guides")
     parser.add_argument("--label", type=int, help="class of the video, for models with classes")
     parser.add_argument("--relative", action="store_true", help="window-relative positions, for very long streams")
     parser.add_argument("--seed", type=int, default=0)
@@ -54,10 +55,8 @@ def run(options: argparse.Namespace) -> int:
     enable_compilation_cache()
     pipeline = published.load(options, window=None, sink=None)  # these are the stream's
     system, model = pipeline.system, pipeline.model
-    # The empty prompt is what guidance leads away from, as in `vidar generate`.
-    guided = options.prompt is not None and len(system.sampler.guidance) > 1
-    states = pipeline.states(None if options.prompt is None else [options.prompt, ""] if guided else [options.prompt])
-    text, negative = (states[:1], states[1:]) if guided else (states, None)
+    prompts = None if options.prompt is None else [options.prompt]
+    said = pipeline.told(prompts, options.negative, system.sampler)
     if not system.sampler.program.lag:
         raise ConfigError(
             f"{options.model}: makes whole clips at once; to stream, it must be causal (--recipe self_forcing)"
@@ -66,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     # A single image is a chunk of its own.
     alone = options.first is not None and options.given == 1 and system.config.video.chunk > 1
     sampler = streaming_sampler(system, options.window, options.sink, positions, first=alone)
-    engine = Engine(sampler, pipeline.codec, model, text=text, negative=negative)
+    engine = Engine(sampler, pipeline.codec, model, **said)
     video = system.config.video
     step = pipeline.codec.config.frames_per_latent
     # The first of a stream's latent frames is one frame, each other `step`.

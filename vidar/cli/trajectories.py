@@ -256,7 +256,6 @@ def _check_conditions(pipeline: Any, clip: dict[str, Any]) -> None:
 
 
 def _check_given(options: argparse.Namespace, pipeline: Any, sampler: Any) -> None:
-    from vidar.diffusion.levels import never_saw_clean_frames
     from vidar.errors import ConfigError
 
     levels, frames, chunk = pipeline.system.config.levels, sampler.frames, sampler.chunk
@@ -269,7 +268,7 @@ def _check_given(options: argparse.Namespace, pipeline: Any, sampler: Any) -> No
         raise ConfigError(
             f"--given={options.given} of {frames} latent frames must be whole chunks of {chunk}, and leave some"
         )
-    if not sampler.program.lag and never_saw_clean_frames(levels):
+    if not sampler.program.lag and levels.one_for_all:
         raise ConfigError(
             f"--given={options.given}: {options.model} has never seen clean frames beside noisy ones; train it with "
             "levels.context clean_prefix, or leave --given out"

@@ -260,6 +260,11 @@ class LevelsConfig:
         if isinstance(self.base, Grid) and self.marginal != Uniform():
             raise ConfigError("a grid of levels has no other marginal: leave `marginal` out")
 
+    @property
+    def one_for_all(self) -> bool:
+        """Whether all frames of a clip are always at one level, so that none is ever clean beside noisy ones."""
+        return isinstance(self.base, Shared) and not self.context
+
     def sample(self, key: PRNGKeyArray, b: int, u: int) -> Levels:
         """Draws the levels of a batch; the draw of a clip depends on `key` and its row alone, not on `b` or sharding.
 
@@ -283,11 +288,6 @@ class LevelsConfig:
         for index, modifier in enumerate(self.context, start=1):
             levels = modifier.apply(jax.random.fold_in(key, index), levels)
         return levels
-
-
-def never_saw_clean_frames(levels: LevelsConfig) -> bool:
-    """Whether all frames of a clip are always at one level, so that none is ever clean beside noisy ones."""
-    return isinstance(levels.base, Shared) and not levels.context
 
 
 def fopp_weights(chunks: int, steps: int) -> tuple[np.ndarray, np.ndarray]:

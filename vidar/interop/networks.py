@@ -162,13 +162,28 @@ def open_network(
             raise CheckpointError(f"its shapes or its config.json are of no network ({error})") from error
 
 
+def published(source: str) -> tuple[Path, str | None] | None:
+    """Takes apart how a config names a published transformer.
+
+    Args:
+        source: A model's folder, a checkpoint as `open_tensors` takes it, or `FILE.pt:PART`.
+
+    Returns:
+        Path and part; None where no such thing is there.
+    """
+    name, _, part = source.rpartition(":")
+    path, chosen = (Path(name), part) if name.endswith(TORCH_SUFFIXES) else (Path(source), None)
+    there = Folder.is_one(path) if path.is_dir() else path.is_file()
+    return (path, chosen) if there else None
+
+
 def open_transformer(source: str, precision: Precision | None = None, head_dim: int | None = None) -> Network:
     """Opens a published transformer by one text, as a config names it.
 
     Args:
-        source: A model's folder, a checkpoint as `open_tensors` takes it, or `FILE.pt:PART`.
+        source: As in `published`.
         precision: As in `open_network`.
-        head_dim: As in `open_network`.
+        head_dim: Channels of a head, where no `config.json` tells; None for as published.
 
     Returns:
         The network.
@@ -176,10 +191,10 @@ def open_transformer(source: str, precision: Precision | None = None, head_dim: 
     Raises:
         CheckpointError: It is damaged, or no transformer that is known.
     """
-    name, _, part = source.rpartition(":")
-    path = Path(name if name.endswith(TORCH_SUFFIXES) else source)
+    path, part = published(source) or (Path(source), None)
     where = Folder.find(path).transformer if path.is_dir() else path
-    found = open_network(where, part if name.endswith(TORCH_SUFFIXES) else None, precision, head_dim=head_dim)
+    told = _head_dim(read_settings(where), "dim", "num_heads")
+    found = open_network(where, part, precision, head_dim=head_dim if told is None else None)
     if found.kind != "transformer":
         raise CheckpointError(f"{source}: holds a {found.kind}, a transformer is wanted here")
     return found

@@ -212,9 +212,8 @@ class GAN:
         video = generated.video
         level = self.noise.draw(generated, targets.fold_each(key_b, 1))
         # Data as long as the rollout are needed only where conditions go along with frames, and cut as these are.
-        longer = generated.start is not None and batch.latents.shape[1] > video.shape[1]
-        start = generated.start if longer else 0
-        data = jax.lax.dynamic_slice_in_dim(batch.latents, start, video.shape[1], axis=1)
+        start = generated.start if batch.latents.shape[1] > video.shape[1] else None
+        data = jax.lax.dynamic_slice_in_dim(batch.latents, 0 if start is None else start, video.shape[1], axis=1)
         away = self.step * targets.clip_noise(targets.fold_each(key_b, 3), video.shape[1:])
         parts = []
         for index, clip in enumerate((video, data)):

@@ -62,7 +62,7 @@ class Engine:
             model: The network.
             rows: Sessions.
             text: Text states `[rows, s, c]` for networks with text, or None.
-            negative: Those that stand for dropped text, where it guides; None for zeros.
+            negative: Those that stand for dropped text where it guides, `[rows, s, c]`; None for zeros.
             compile_now: Whether to compile and warm up here; else at the first use.
 
         Raises:
@@ -74,6 +74,8 @@ class Engine:
             raise ConfigError("a stream needs a plan with lag > 0; lag=0 generates whole clips")
         if (model.config.text is None) != (text is None) or (text is not None and len(text) != rows):
             raise ConfigError(f"give text states [{rows}, s, c] to stream exactly where model.text is set")
+        if negative is not None and (text is None or np.shape(negative) != np.shape(text)):
+            raise ConfigError(f"negative text states {list(np.shape(negative))} should be of the shape of the text's")
         if sampler.context.window is None:
             raise ConfigError("an endless stream needs a window: set context.window (append holds one clip only)")
         self.sampler = sampler

@@ -1,17 +1,15 @@
 """Trained networks: with the systems that they were trained in, or as others publish them."""
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from vidar.checkpoint import load_item
 from vidar.errors import CheckpointError
-from vidar.interop.folders import Folder
-from vidar.interop.networks import open_transformer
+from vidar.interop.networks import open_transformer, published
 from vidar.models.dit import DiT, DiTConfig
 from vidar.models.lora import merge
 from vidar.system.compose import System, compose
@@ -43,7 +41,10 @@ def load(source: str | Path, role: str = "student") -> tuple[System, DiT]:
         return system, load_weights(source, role, template)
     directory = source / "checkpoints"
     if not directory.is_dir():
-        raise CheckpointError(f"{source}: neither a {SUFFIX} file of vidar's nor a run's directory (with checkpoints/)")
+        raise CheckpointError(
+            f"{source}: neither a run's directory (with checkpoints/), nor a {SUFFIX} file of vidar's, nor a published "
+            "model where one may stand"
+        )
     meta = load_item(directory, "meta", None)
     if "config" not in meta:
         raise CheckpointError(f"{source}: its checkpoints do not say what they were trained with (meta has no config)")
@@ -57,7 +58,7 @@ def load(source: str | Path, role: str = "student") -> tuple[System, DiT]:
         trained = load_item(directory, "state", {"networks": {role: template}})["networks"][role]
     if choice.lora is None:
         return system, trained
-    return system, merge(load_start(choice.source, role, system.model_config(role))[1], trained)
+    return system, merge(_origin(choice.source, role, system.model_config(role))[1], trained)
 
 
 def is_trained(path: Path) -> bool:
@@ -66,7 +67,7 @@ def is_trained(path: Path) -> bool:
 
 
 def load_start(source: str, role: str, config: DiTConfig) -> tuple[System | None, DiT]:
-    """Loads what a role starts from, into the host's memory where there is a way.
+    """Loads what a role starts from, into the host's memory where there is a way: it may be larger than one device.
 
     Args:
         source: As `load` takes it, or a published transformer as `open_transformer` takes it.
@@ -79,23 +80,18 @@ def load_start(source: str, role: str, config: DiTConfig) -> tuple[System | None
     Raises:
         CheckpointError: There is nothing to load, or it is damaged.
     """
-    path = Path(source)
-    ours = is_trained(path)
-    part = Path(source.rpartition(":")[0]).is_file()
-    if path.is_dir() and not ours and not Folder.is_one(path):
-        raise CheckpointError(f"{source}: neither a run's directory (with checkpoints/) nor a published model's folder")
-    with _on_host():
-        if ours or not (path.exists() or part):
-            return load(source, _stored_role(source, role))
-        return None, open_transformer(source, config.precision, config.width // config.heads).load()
-
-
-def _on_host() -> AbstractContextManager[Any]:
-    """A network may be larger than one device of the mesh that it will lie on."""
     try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
+        host = jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS leaves the host out
-        return nullcontext()
+        host = nullcontext()
+    with host:
+        return _origin(source, role, config)
+
+
+def _origin(source: str, role: str, config: DiTConfig) -> tuple[System | None, DiT]:
+    if is_trained(Path(source)) or published(source) is None:
+        return load(source, _stored_role(source, role))
+    return None, open_transformer(source, config.precision, config.head_dim).load()
 
 
 def _stored_role(source: str, role: str) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 from vidar.attention.visibility import Bidirectional
 from vidar.config import to_dict
 from vidar.data.pipeline import DataConfig, make_dataset
-from vidar.diffusion.levels import never_saw_clean_frames
 from vidar.errors import ConfigError
 from vidar.evaluation.context import context_gap
 from vidar.evaluation.metrics import psnr
@@ -53,7 +52,9 @@ def make_run(config: RunConfig) -> Run:
     system = compose(config)
     check_run(config)
     roles = system.roles
-    weights = {role: _start(system, role, choice.source) for role, choice in roles.items()}
+    embeddings = None if config.embeddings is None else Embeddings(config.embeddings)
+    negative = None if config.negative is None or embeddings is None else embeddings.read(config.negative)
+    weights = {role: _start(system, role) for role in roles}
     for role in _frozen(roles):
         if weights[role] is None:
             raise ConfigError(
@@ -61,12 +62,12 @@ def make_run(config: RunConfig) -> Run:
             )
     run = _run(config, system, weights)
     names = {phase.batch for step in range(config.training.steps) for phase in run.objective.phases(step)}
-    embeddings = None if config.embeddings is None else Embeddings(config.embeddings)
-    evaluate, sample = _callbacks(config, system, embeddings) if evaluates(config) else (None, None)
+    numeric = partial(_numeric, config, embeddings, negative)
+    evaluate, sample = _callbacks(config, system, numeric) if evaluates(config) else (None, None)
     return replace(
         run,
         batches={name: _factory(config.data, index) for index, name in enumerate(BATCHES) if name in names},
-        prepare_batch=partial(_numeric, config, embeddings),
+        prepare_batch=numeric,
         evaluate=evaluate,
         sample=sample,
     )
@@ -169,7 +170,7 @@ def _flops_per_step(config: RunConfig, system: System) -> float | None:
     return config.data.batch * training_flops(shape, config.visibility.kind, chunks, config.context.window).total
 
 
-def _callbacks(config: RunConfig, system: System, embeddings: Embeddings | None) -> tuple[Any, Any]:
+def _callbacks(config: RunConfig, system: System, numeric: Callable[[Any], Any]) -> tuple[Any, Any]:
     """Evaluation against the truth and sample sheets, over one fixed batch of held-out clips."""
     choice, model, sampler = config.evaluation, config.model, system.sampler
     frames = choice.frames or config.video.frames
@@ -193,7 +194,7 @@ def _callbacks(config: RunConfig, system: System, embeddings: Embeddings | None)
         if sampler.program.lag and model.backend == "xla":
             # Exposure bias is measured within the training length, where the network knows what to do.
             parts = ({**batch, "pixels": pixels} for pixels in (truth, generated))
-            true, own = (system.prepare(_numeric(config, embeddings, part)) for part in parts)
+            true, own = (system.prepare(numeric(part)) for part in parts)
             keys = session_keys(0, choice.clips)
             student = networks["student"]
             values |= context_gap(sampler, student, true.latents, own.latents, true.conditions, keys)
@@ -211,36 +212,49 @@ def _callbacks(config: RunConfig, system: System, embeddings: Embeddings | None)
     return evaluate if sampler.program.lag else None, sample
 
 
-def _start(system: System, role: str, source: str) -> Any:
+def _start(system: System, role: str) -> Any:
     """Weights that a role starts from; None for a random start."""
+    choice, wanted = system.roles[role], system.model_config(role)
+    source = choice.source
     if source == "init":
         return None
-    origin, network = load_start(source, role, system.model_config(role))
-    judges = role == "teacher" and isinstance(system.objective, Distillation) and origin is not None
-    if judges and not isinstance(origin.config.visibility, Bidirectional):
-        raise ConfigError(
-            f"objective.teacher: {source!r} was trained with visibility {origin.config.visibility.kind!r}; it has to "
-            "judge whole clips, so give one that was trained with 'bidirectional'"
-        )
-    if judges and system.objective.forcing.given and never_saw_clean_frames(origin.config.levels):
-        raise ConfigError(
-            f"objective.teacher: {source!r} has never seen clean frames beside noisy ones, which it has to judge with "
-            f"forcing.given={system.objective.forcing.given}: train it with levels.context clean_prefix, or give none"
-        )
-    stored, wanted = _shape(network.config), _shape(system.model_config(role))
-    for entry in fields(DiTConfig):
-        theirs, ours = getattr(stored, entry.name), getattr(wanted, entry.name)
-        if theirs != ours:
+    if role in _frozen(system.roles):
+        wanted = replace(wanted, precision=replace(wanted.precision, params=choice.dtype))
+    origin, network = load_start(source, role, wanted)
+    if role == "teacher" and isinstance(system.objective, Distillation) and origin is not None:
+        _check_teacher(source, origin.config, system.objective.forcing.given)
+    stored, ours = (_facts(one, origin is None) for one in (network.config, wanted))
+    for name, theirs in stored.items():
+        if theirs != ours[name]:
             raise ConfigError(
-                f"objective.{role}: {source!r} is a network with {entry.name}={theirs}, the config's {role} has "
-                f"{entry.name}={ours}: make them equal (model, teacher and critic may differ)"
+                f"objective.{role}: {source!r} is a network with {name}={theirs}, the config's {role} has "
+                f"{name}={ours[name]}: make them equal (model, teacher and critic may differ)"
             )
     abstract = jax.eval_shape(partial(system.build, role), jax.random.key(0))
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(network))
 
 
-def _shape(config: DiTConfig) -> DiTConfig:
-    return replace(config, backend="xla", remat=False, precision=DiTConfig().precision)
+def _check_teacher(source: str, config: SystemConfig, given: int) -> None:
+    """A teacher has to judge whole clips, of which the first chunks may be given."""
+    if not isinstance(config.visibility, Bidirectional):
+        raise ConfigError(
+            f"objective.teacher: {source!r} was trained with visibility {config.visibility.kind!r}; it has to "
+            "judge whole clips, so give one that was trained with 'bidirectional'"
+        )
+    if given and config.levels.one_for_all:
+        raise ConfigError(
+            f"objective.teacher: {source!r} has never seen clean frames beside noisy ones, which it has to judge with "
+            f"forcing.given={given}: train it with levels.context clean_prefix, or give none"
+        )
+
+
+def _facts(config: DiTConfig, published: bool) -> dict[str, Any]:
+    """What makes a network the same, but for where and how it computes; of a published one, what its tensors tell."""
+    free = {"backend", "remat", "precision"}
+    if published:
+        free |= {"rope", "prediction", "quirks"}
+        config = replace(config, text=None if config.text is None else replace(config.text, length=1))
+    return {entry.name: getattr(config, entry.name) for entry in fields(DiTConfig) if entry.name not in free}
 
 
 def _factory(config: DataConfig, index: int) -> Callable[[], Any]:
@@ -249,7 +263,9 @@ def _factory(config: DataConfig, index: int) -> Callable[[], Any]:
     return lambda: iter(make_dataset(stream, jax.process_index(), jax.process_count()))
 
 
-def _numeric(config: RunConfig, embeddings: Embeddings | None, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _numeric(
+    config: RunConfig, embeddings: Embeddings | None, negative: np.ndarray | None, batch: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
     """What the network can take: pixels or latents, index, and its conditions."""
     model, video = config.model, config.video
     if model.text is not None and model.text.encoder is not None and "caption" in batch:
@@ -263,8 +279,8 @@ def _numeric(config: RunConfig, embeddings: Embeddings | None, batch: Mapping[st
                 f"{text.shape[1]} × {text.shape[2]}"
             )
         batch = {**batch, "text": text}
-        if config.negative is not None:
-            batch["negative"] = np.broadcast_to(embeddings.read(config.negative), text.shape)
+        if negative is not None:
+            batch["negative"] = np.broadcast_to(negative, text.shape)
     size = batch["pixels"].shape[2:4] if "pixels" in batch else (video.height, video.width)
     if size != (video.height, video.width):
         raise ConfigError(
