@@ -11,16 +11,22 @@ from vidar.training.experiment import load_run_config, portable_dict, system_dic
 from vidar.weights import read_meta
 
 ROLES = [
-    ("student", "world/teacher_forcing"),
-    ("student", "systems/self_forcing_dmd"),
-    ("teacher", "world/teacher"),
+    ("world", "student", "world/teacher_forcing"),
+    ("world", "student", "systems/self_forcing_dmd"),
+    ("world", "teacher", "world/teacher"),
+    ("captions", "student", "captions/teacher_forcing"),
+    ("captions", "student", "systems/self_forcing_dmd.py:captions"),
+    ("captions", "student", "systems/causvid.py:captions"),
+    ("captions", "teacher", "captions/teacher"),
 ]
+FILES = [shipped().with_name(f"{name}.safetensors") for name in ("world", "captions")]
 
 
-@pytest.mark.parametrize(("role", "card"), ROLES)
-def test_shipped_weights_fit_the_cards(role, card):
-    system, _ = load(shipped(), role)
-    config = load_run_config(f"configs/{card}.py")
+@pytest.mark.parametrize(("name", "role", "card"), ROLES)
+def test_shipped_weights_fit_the_cards(name, role, card):
+    system, _ = load(shipped().with_name(f"{name}.safetensors"), role)
+    card = card if ".py:" in card else f"{card}.py"
+    config = load_run_config(f"configs/{card}")
     assert system.config.model == config.model
     assert system.config.codec == config.codec
     assert (system.config.video.height, system.config.video.width) == (config.video.height, config.video.width)
@@ -28,8 +34,9 @@ def test_shipped_weights_fit_the_cards(role, card):
         assert system.config.context == config.context
 
 
-def test_shipped_weights_are_small():
-    assert shipped().stat().st_size <= 4.5e6
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_weights_are_small(file):
+    assert file.stat().st_size <= 4.5e6
 
 
 @pytest.mark.parametrize("minutes", ["nan", "0", "-1", "61"])
@@ -43,6 +50,7 @@ def test_weights_that_travel_name_no_places():
     config = load_run_config("configs/systems/self_forcing_dmd.py")
     assert "runs/world_teacher" in json.dumps(system_dict(config))
     assert "runs/" not in json.dumps(portable_dict(config))
-    header = read_meta(shipped())
-    assert set(header["systems"]) == {"student", "teacher"}
-    assert not {"start", "student", "teacher"} & set().union(*(one["objective"] for one in header["systems"].values()))
+    for file in FILES:
+        systems = read_meta(file)["systems"]
+        assert set(systems) == {"student", "teacher"}
+        assert not {"start", "student", "teacher"} & set().union(*(one["objective"] for one in systems.values()))
