@@ -25,7 +25,7 @@ class Role:
 
     Attributes:
         source: Where its initial parameters come from: `"init"` (random), `"student"` (a copy of another role's
-            initial parameters, by name), or a path to a checkpoint directory.
+            initial parameters, by name), or a place: a run, weights of vidar's, or a published model.
         optimizer: Name of the entry of `config.optimizers` that trains it; None keeps it frozen and out of the state.
         ema: Decay of the exponential moving average in [0, 1), or None for no average.
         ema_start: Global step just before whose update the average starts as a copy of the parameters.
