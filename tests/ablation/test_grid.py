@@ -192,12 +192,15 @@ SMALL = values()
         ({"extra": {"x/y": {}}}, "name 'x/y'"),
         (
             {"extra": {"x": {"overrides": {"model": {"actions": {"count": 2}}}}}},
-            "cell x: knows fewer than the 5 discrete actions",
+            "cell x: does not know the 5 discrete actions of the one-shape world",
         ),
-        ({"extra": {"x": {"overrides": {"model": {"classes": 7}}}}}, "needs one of 7 classes, the evaluation tells 3"),
+        (
+            {"extra": {"x": {"overrides": {"model": {"classes": 7}}}}},
+            "needs one of 7 classes, the one-shape world tells 3",
+        ),
         (
             {"extra": {"x": {"overrides": {"video": {"width": 20}}}}},
-            "cell x: makes frames of 16×20, the evaluation has 16×16",
+            "cell x: makes frames of 16×20, the one-shape world has 16×16",
         ),
         (
             {"extra": {"x": {"overrides": {"model": {"text": {"width": 8, "length": 8}}}}}},

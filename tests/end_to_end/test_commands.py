@@ -217,7 +217,7 @@ def test_turning_compares_sizes_and_names(root, capsys, tmp_path, size):
 
     if size == 16:
         refused(capsys, command(), "run: needs one of 3 classes", "tells none")
-        run = without_classes(root, tmp_path / "run.safetensors")
+        run = without("classes", root, tmp_path / "run.safetensors")
         assert main(command()) == 0
         assert list(json.loads((output / "turning.json").read_text())) == ["run"]
         assert (output / "run.png").stat().st_size > 100
@@ -226,16 +226,18 @@ def test_turning_compares_sizes_and_names(root, capsys, tmp_path, size):
         refused(capsys, command("--given", "3"), "--frames=3 must be above 3")
         refused(capsys, command("--output", str(records / "manifest.json")), "manifest.json is a file")
         refused(capsys, command("--model", run, str(tmp_path / "other" / "run")), "several are named run")
+        deaf = without("actions", root, tmp_path / "deaf.safetensors")
+        refused(capsys, ["eval", "world", "--model", deaf, "--clips", "2"], "deaf.safetensors: takes no actions")
         refused(capsys, ["eval", "world", "--model", run, "--clips", "0"], "--clips=0 must be at least 1")
     else:
         refused(capsys, command(), "run: makes frames of 16×16", "has 32×32")
         assert not output.exists()
 
 
-def without_classes(root: Path, path: Path) -> str:
-    """Random weights of the trained run's system, but for the classes."""
+def without(condition: str, root: Path, path: Path) -> str:
+    """Random weights of the trained run's system, but for a condition."""
     config = load(root / "run")[0].config
-    system = compose(replace(config, model=replace(config.model, classes=None)))
+    system = compose(replace(config, model=replace(config.model, **{condition: None})))
     model = system.build("student", jax.random.key(0))
     save_weights(path, {"student": model}, {"systems": {"student": system_dict(system.config)}})
     return str(path)

@@ -18,7 +18,6 @@ from vidar.config import load as load_card
 from vidar.config import to_dict
 from vidar.errors import ConfigError, VidarError
 from vidar.models.codecs.pixel import PixelCodec
-from vidar.models.layers import DiscreteActions
 from vidar.system import compose, system_config
 from vidar.training.experiment import RunConfig
 
@@ -358,7 +357,10 @@ def _check_evaluation(cell: Cell, evaluation: Evaluation) -> None:
         raise ConfigError(f"cell {cell.name}: makes whole clips at once and cannot go on from a frame (plan.lag=0)")
     if not isinstance(config.codec, PixelCodec):
         raise ConfigError(f"cell {cell.name}: codec {config.codec.kind} has weights of its own; use a pixel codec")
-    _check_shown(cell, evaluation)
+    if config.model.text is not None:
+        raise ConfigError(f"cell {cell.name}: needs text, which the evaluation has none of")
+    if evaluation.form is not None:
+        evaluation.form.check(f"cell {cell.name}", (video.height, video.width), config.model)
     try:
         stream_sampler(compose(config), evaluation.given)
     except ConfigError as error:
@@ -368,27 +370,6 @@ def _check_evaluation(cell: Cell, evaluation: Evaluation) -> None:
         raise ConfigError(
             f"cell {cell.name}: evaluation.given={evaluation.given} is not a whole number of chunks of {video.chunk}"
             f"{' after the first frame' if head else ''}; 1 always is"
-        )
-
-
-def _check_shown(cell: Cell, evaluation: Evaluation) -> None:
-    """What the evaluation shows and tells must be what the network takes."""
-    config, form = cell.run.config, evaluation.form
-    model, size = config.model, (config.video.height, config.video.width)
-    if model.text is not None:
-        raise ConfigError(f"cell {cell.name}: needs text, which the evaluation has none of")
-    if form is None:
-        return
-    wanted, actions, classes = form
-    if size != wanted:
-        raise ConfigError(
-            f"cell {cell.name}: makes frames of {size[0]}×{size[1]}, the evaluation has {wanted[0]}×{wanted[1]}"
-        )
-    if model.actions is not None and (not isinstance(model.actions, DiscreteActions) or model.actions.count < actions):
-        raise ConfigError(f"cell {cell.name}: knows fewer than the {actions} discrete actions of the evaluation")
-    if model.classes not in (None, classes):
-        raise ConfigError(
-            f"cell {cell.name}: needs one of {model.classes} classes, the evaluation tells {classes or 'none'}"
         )
 
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from vidar.data.pipeline import DataConfig, make_dataset
 from vidar.data.records import Episodes
-from vidar.data.world import ACTIONS, KINDS, WorldConfig
 from vidar.errors import ConfigError, DataError, check_range
 from vidar.evaluation import metrics, world
 from vidar.evaluation.control import Turning, turning
 from vidar.evaluation.drift import curve
+from vidar.evaluation.form import Form
 
 Generate = Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]
 """From given frames uint8 `[b, g, h, w, 3]`, actions `[b, f]` and label `[b]` to video uint8 `[b, f, h, w, 3]`."""
@@ -67,7 +67,7 @@ class Evaluation:
         check_range("clips", self.clips, least=1)
         check_range("given", self.given, least=1)
         check_range("frames", self.frames, least=self.given + 2)
-        check_range("seed", self.seed, least=0, below=2**13)
+        check_range("seed", self.seed, least=0, below=metrics.SEEDS)
         if not self.spans:
             raise ConfigError("spans: give at least one, such as {'whole': (1, 264)}")
         for name, (start, stop) in self.spans.items():
@@ -80,8 +80,8 @@ class Evaluation:
         return tuple(self.spans)
 
     @property
-    def form(self) -> tuple[tuple[int, int], int, int | None] | None:
-        """Size of the frames, number of actions, and of classes; None where it is not known yet."""
+    def form(self) -> Form | None:
+        """Form of the clips; None where it is not known yet."""
         return None
 
     def metrics_of(self, span: str) -> tuple[str, ...]:
@@ -129,10 +129,9 @@ class WorldEvaluation(Evaluation):
     directions: ClassVar[Mapping[str, int]] = {"position_error": -1, "identity_kept": 1, "colour_kept": 1} | _PIXELS
 
     @property
-    def form(self) -> tuple[tuple[int, int], int, int | None]:
-        """As the one-shape world has it."""
-        side = WorldConfig().size
-        return (side, side), len(ACTIONS), len(KINDS)
+    def form(self) -> Form:
+        """That of the one-shape world."""
+        return world.FORM
 
     def truth(self) -> Truth:
         """Draws the sequences; no data set holds them."""
@@ -179,13 +178,13 @@ class DoomEvaluation(Evaluation):
         return (*self.spans, *((TURNING,) if self.turns else ()))
 
     @property
-    def form(self) -> tuple[tuple[int, int], int, int | None] | None:
+    def form(self) -> Form | None:
         """As it was recorded."""
         if not Path(self.records).is_dir():
             return None
         found = Episodes(self.records, self.split).form
         height, width = found.size
-        return (height, width), 0 if found.actions is None else len(found.actions.names), None
+        return Form(self.records, (height, width), 0 if found.actions is None else len(found.actions.names))
 
     def metrics_of(self, span: str) -> tuple[str, ...]:
         """The turning test has one metric of its own."""

@@ -42,6 +42,7 @@ def _turning(options: argparse.Namespace) -> int:
     from vidar.devices import enable_compilation_cache
     from vidar.errors import ConfigError, check_range, make_directory
     from vidar.evaluation.control import turning
+    from vidar.evaluation.form import Form
     from vidar.evaluation.sheets import contact_sheet
 
     check_range("--starts", options.starts, least=1)
@@ -67,7 +68,8 @@ def _turning(options: argparse.Namespace) -> int:
             f"{options.records}: needs actions turn_left and turn_right, has {', '.join(names) or 'none'}"
         )
     left, right = (list(names).index(name) for name in ("turn_left", "turn_right"))
-    models = [_loaded(source, form.size, options.records, max(left, right) + 1) for source in options.model]
+    shown = Form(options.records, (form.size[0], form.size[1]), max(left, right) + 1)
+    models = [_loaded(source, shown) for source in options.model]
     make_directory(options.output)
     starts = next(iter(make_dataset(source)))["pixels"]
     report = {}
@@ -107,11 +109,10 @@ def _turning(options: argparse.Namespace) -> int:
 
 
 def _world(options: argparse.Namespace) -> int:
-    from vidar.data.world import KINDS
     from vidar.devices import enable_compilation_cache
     from vidar.errors import check_range, make_directory
     from vidar.evaluation.sheets import contact_sheet
-    from vidar.evaluation.world import held_out, score, standing_still
+    from vidar.evaluation.world import FORM, held_out, score, standing_still
 
     check_range("--clips", options.clips, least=1)
     check_range("--frames", options.frames, least=2)
@@ -119,9 +120,7 @@ def _world(options: argparse.Namespace) -> int:
     enable_compilation_cache()
     truth = held_out(options.clips, options.frames)
     videos = {"standing still": standing_still(truth)}
-    size, actions = truth.pixels.shape[2:4], int(truth.actions.max()) + 1
-    one_shape = size, "the one-shape world", actions, len(KINDS)
-    models = [_loaded(source, *one_shape) for source in options.model]
+    models = [_loaded(source, FORM) for source in options.model]
     for name, pipeline in zip(titles, models, strict=True):
         label = truth.label if pipeline.model.config.classes else None
         videos[name] = pipeline.generate(options.frames, actions=truth.actions, given=truth.pixels[:, :1], label=label)
@@ -147,11 +146,11 @@ def _captions(options: argparse.Namespace) -> int:
     from vidar.devices import enable_compilation_cache
     from vidar.errors import check_range, make_directory
     from vidar.evaluation.captions import accuracy, held_out
-    from vidar.evaluation.metrics import first_of
+    from vidar.evaluation.metrics import SEEDS, first_of
     from vidar.evaluation.sheets import contact_sheet
 
     check_range("--captions", options.captions, least=1)
-    check_range("--seed", options.seed, least=0, below=2**13)
+    check_range("--seed", options.seed, least=0, below=SEEDS)
     titles = _titles(options.model)
     enable_compilation_cache()
     truth = held_out(options.captions, options.seed)
@@ -231,24 +230,16 @@ def _titles(sources: Sequence[str]) -> list[str]:
     return titles
 
 
-def _loaded(source: str, size: Sequence[int], truth: str, actions: int, classes: int | None = None) -> Any:
-    """A pipeline, whose network must know what the truth tells, and make frames of its size."""
+def _loaded(source: str, form: Any) -> Any:
+    """A pipeline whose network can continue clips of a form under their actions."""
     from vidar.errors import ConfigError
-    from vidar.models.layers import DiscreteActions
     from vidar.pipeline import load_pipeline
 
     pipeline = load_pipeline(source)
-    system, model = pipeline.system, pipeline.model
-    video, kind = system.config.video, model.config.actions
-    if (video.height, video.width) != tuple(size):
-        raise ConfigError(
-            f"{source}: makes frames of {video.height}×{video.width}, {truth} has {size[0]}×{size[1]}: "
-            "give a model of that size"
-        )
-    if not isinstance(kind, DiscreteActions) or kind.count < actions:
-        raise ConfigError(f"{source}: knows fewer than the {actions} discrete actions of {truth}")
+    system, model = pipeline.system, pipeline.model.config
+    form.check(source, (system.config.video.height, system.config.video.width), model)
+    if model.actions is None:
+        raise ConfigError(f"{source}: takes no actions, which are what {form.clips} is about")
     if not system.sampler.program.lag:
         raise ConfigError(f"{source}: makes whole clips at once and cannot go on from a frame: give a causal student")
-    if model.config.classes not in (None, classes):
-        raise ConfigError(f"{source}: needs one of {model.config.classes} classes, {truth} tells {classes or 'none'}")
     return pipeline

@@ -151,6 +151,10 @@ def share_interval(share: float, count: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / weight), min(1.0, (centre + half) / weight)
 
 
+SEEDS = 2**13
+"""Seeds of evaluations are below."""
+
+
 def first_of(seed: int) -> int:
     """Where clips and noise of an evaluation's seed begin to count: far from those of the seeds beside it."""
     return seed << 16

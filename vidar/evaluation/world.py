@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from vidar.data import world
+from vidar.evaluation.form import Form
 from vidar.evaluation.metrics import bootstrap_interval, first_of
 
 _HELD_OUT = 2**30
 """Seeds from here on occur in no data set."""
+FORM = Form(
+    "the one-shape world", (world.WorldConfig().size, world.WorldConfig().size), len(world.ACTIONS), len(world.KINDS)
+)
 
 
 @dataclass(frozen=True)
