@@ -16,6 +16,7 @@ SYSTEMS = sorted(path for path in (CONFIGS / "systems").glob("*.py"))
 PLAIN = sorted(path for path in CONFIGS.glob("*/*.py") if path.parent.name not in ("systems", "ablations"))
 BASES = ("world", "doom", "captions", "wan_1_3b")
 CARDS = [str(path) for path in PLAIN] + [f"{path}:{base}" for path in SYSTEMS for base in BASES]
+CARDS.append("configs/captions/less_guided.py:causvid")
 
 
 @pytest.mark.parametrize("card", CARDS)

@@ -114,6 +114,7 @@ def test_to_dict_is_the_inverse_and_survives_json():
         ({"table": {"one": {"radus": 1}}}, "config.table.one.radus: unknown key; did you mean 'radius'?"),
         ({"table": 3}, "config.table: 3 is an int, not a dictionary"),
         ({"flag": 1}, "config.flag: 1 is an int, not a bool"),
+        ({"shape": {"kind": ["square"]}}, "config.shape.kind: ['square'] is a list, not a str"),
         (
             {"other": {"kind": "no.such.module:Name"}},
             "config.other.kind: cannot import 'no.such.module' of 'no.such.module:Name': No module named 'no'; "
@@ -177,7 +178,8 @@ def test_load_adds_keys_that_the_card_leaves_to_their_defaults(card):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--config.training.steps=many"], "steps"),
+        (["--config.training.steps=many"], "--config.training.steps=many: should be a number, as the card's 1 is"),
+        (["--config.training.steps="], "--config.training.steps=: should be a number"),
         (["--training.steps=7"], "write --config.key=value"),
         (["--config.training.steps"], "write --config.key=value"),
         (["--config.training.steps.x=3"], "--config.training.steps is 1, not a section"),
@@ -197,6 +199,8 @@ def test_load_refuses_bad_overrides(card, overrides, message):
         ("flag=true", {"steps": 1, "name": "a", "flag": True}),
         ("flag=false", {"steps": 1, "name": "a", "flag": False}),
         ("name=true", {"steps": 1, "name": "true"}),
+        ("steps=0.5", {"steps": 0.5, "name": "a"}),
+        ("steps=1e-4", {"steps": 1e-4, "name": "a"}),
     ],
 )
 def test_none_and_booleans_are_read(card, override, value):
@@ -216,6 +220,7 @@ def test_the_last_override_of_a_key_counts(card):
         ("raise RuntimeError('broken\\ncard')", "RuntimeError: broken"),
         ("return nothing", "NameError: name 'nothing' is not defined"),
         ("1 / 0", "ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("open('/nothing')", "No such file or directory: '/nothing'"),
         ("raise ValueError('never \\'None\\'')", "ValueError: never 'None'"),
         ("return {'a': 1}", "must return a ConfigDict, not dict"),

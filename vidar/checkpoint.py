@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,15 @@ class Checkpoints:
             _logger.warning("all checkpoints in %s are half-written and ignored: %s", self._directory, sorted(steps))
         return complete
 
-    def restore(self, step: int | None, templates: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    def restore(
+        self, step: int | None, templates: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
+    ) -> tuple[int, dict[str, Any]]:
         """Restores a step, or the newest that is whole.
 
         Args:
             step: Global step; None tries the newest first and goes back over half-written and damaged ones, saying so.
             templates: By name: a pytree of `jax.ShapeDtypeStruct` (with shardings where arrays are to be placed); an
-                iterator with `set_state`; anything for "meta".
+                iterator with `set_state`; anything for "meta". Or what makes these of the decoded "meta" of the step.
 
         Returns:
             The step, and by name: the pytree, the same iterator at its saved position, or the decoded JSON.
@@ -128,7 +130,8 @@ class Checkpoints:
             CheckpointError: There is none, all are damaged, or what is saved does not fit the templates.
         """
         for candidate, path in _whole_checkpoints(self._directory, step):
-            restored = {name: _read(path, name, template, exact=True) for name, template in templates.items()}
+            wanted = templates(_read(path, "meta", None, exact=True)) if callable(templates) else templates
+            restored = {name: _read(path, name, template, exact=True) for name, template in wanted.items()}
             self._written.add(candidate)
             self._course_starts_at = candidate
             return candidate, restored

@@ -59,6 +59,8 @@ def build(cls: type[T], mapping: Any, where: str = "config") -> T:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+    except (TypeError, ValueError) as error:  # what a class of a person's own says of its values
+        raise ConfigError(f"{where}: {_named(error)}") from error
 
 
 def to_dict(value: Any) -> Any:
@@ -125,6 +127,9 @@ def import_path(path: str, where: str = "config") -> Any:
     except ImportError as error:
         hint = "; put its directory on PYTHONPATH" if error.name == module_name.partition(".")[0] else ""
         raise ConfigError(f"{where}: cannot import {module_name!r} of {path!r}: {error}{hint}") from error
+    # A module is a person's own code, which can fail in any way.
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{where}: cannot import {module_name!r} of {path!r}: {_named(error)}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             public = [entry for entry in vars(found) if not entry.startswith("_")]
@@ -138,9 +143,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
     Args:
         path: Python file with `get_config()`; `file.py:text` calls `get_config("text")`.
-        overrides: Flags such as `--config.training.steps=10`. A key that the card sets keeps its type; one that it
-            leaves to its default, or sets to None, is added as it is, for `build` to check. The last one of a key
-            counts.
+        overrides: Flags such as `--config.training.steps=10`. Texts and booleans of the card stay such; all else is
+            read as a Python literal, for `build` to check. The last one of a key counts.
 
     Returns:
         The `ConfigDict`.
@@ -150,7 +154,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """
     file = Path(str(path).partition(":")[0])
     if not file.is_file():
-        raise ConfigError(f"card {path}: no such file; give a Python file with get_config(), such as configs/x.py")
+        # A base of a card is a directory beside others with the same files.
+        others = sorted(file.parent.parent.glob(f"*/{file.name}")) or sorted(file.parent.glob("*.py"))
+        known = ", ".join(map(str, others[:8])) or "none beside it; a card is a Python file with get_config()"
+        raise ConfigError(f"card {path}: no such file; there are {known}")
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
             raise ConfigError(f"{override}: not an override; write --config.key=value")
@@ -183,8 +190,8 @@ def _card(path: str | Path, overrides: Sequence[str]) -> Any:
         # What a card raised may come as a traceback, whose last line says it.
         raise ConfigError(f"card {path}: {str(error).strip().splitlines()[-1]}") from error
     # A card is a person's own code, which can fail in any way.
-    except Exception as error:
-        raise ConfigError(f"card {path}: {type(error).__name__}: {_one_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"card {path}: {_named(error)}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"card {path}: get_config() must return a ConfigDict, not {type(config).__name__}")
     return config
@@ -197,16 +204,16 @@ def _override(flag: str) -> tuple[list[str], str]:
 
 
 def _is_set(config: Any, keys: Sequence[str], value: str) -> bool:
-    """Whether a card sets a key to something whose type an override can keep; None has no type."""
+    """Whether a card sets a key to what an override must keep the type of: a text or a boolean."""
     for key in keys:
         if not hasattr(config, "items") or key not in config:
             return False
         config = config[key]
-    return config is not None and not hasattr(config, "items") and value != "None"
+    return isinstance(config, str | bool) and value != "None"
 
 
 def _add(config: Any, keys: Sequence[str], value: str) -> None:
-    """Adds a key that a card does not set, with its value read as a Python literal, or else as text."""
+    """Sets a key to its value read as a Python literal, or else as text."""
     names = ["--config", *keys]
     for depth, key in enumerate(keys[:-1], start=1):
         if config.get(key) is None:
@@ -215,7 +222,9 @@ def _add(config: Any, keys: Sequence[str], value: str) -> None:
             place = ".".join(names[: depth + 1])
             raise ConfigError(f"{'.'.join(names)}: {place} is {config[key]!r}, not a section; write {place}=value")
         config = config[key]
-    parsed = _literal(value)
+    parsed, before = _literal(value), config.get(keys[-1])
+    if isinstance(before, int | float) and not isinstance(parsed, int | float | None):
+        raise ConfigError(f"{'.'.join(names)}={value}: should be a number, as the card's {before!r} is")
     if hasattr(config.get(keys[-1]), "items") and not isinstance(parsed, dict | None):
         known = ", ".join(sorted(config[keys[-1]])) or "none"
         raise ConfigError(
@@ -323,6 +332,8 @@ def _build_member(classes: tuple[Any, ...], value: Any, where: str) -> Any:
         return build(member, entries, where)
     if kind is None:
         raise ConfigError(f"{where}.kind: missing; one of {', '.join(sorted(kinds))}")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{where}.kind: {kind!r} is {_article(type(kind).__name__)}, not a str")
     if kind not in kinds:
         hint = "; a class of one's own is package.module:Name" if "." in str(kind) else _nearest(str(kind), kinds)
         raise ConfigError(f"{where}.kind: unknown kind {kind!r}{hint}")
@@ -405,6 +416,11 @@ def _nearest(key: str, known: Any) -> str:
 def _article(name: str) -> str:
     """Returns the name of a type with its article."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _named(error: BaseException) -> str:
+    """Returns the class of an error, and the first line of its message."""
+    return f"{type(error).__name__}: {_one_line(error)}"
 
 
 def _one_line(error: BaseException) -> str:

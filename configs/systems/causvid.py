@@ -3,7 +3,7 @@
 Paper: CausVid (arXiv 2412.07772; its published settings for Wan 1.3B).
 Command: `vidar train --config configs/systems/causvid.py:BASE --workdir runs/BASE_causvid`
     BASE and what comes before as for self_forcing_dmd.py; wan_1_3b needs latents of videos, which cannot be read yet.
-    For captions the clips are the student's own rollouts after clean chunks; a second training follows (README).
+    For captions the clips are the student's own rollouts after clean chunks.
 Hardware: as self_forcing_dmd.py, with less time where there are no rollouts.
 Metric: as self_forcing_dmd.py; wan_1_3b: VBench 82.88 / 83.93 / 78.69 as others measured it again.
 """

@@ -3,8 +3,9 @@
 Paper: Self Forcing (arXiv 2506.08009, sections 3 and 4; its published settings for Wan 1.3B).
 Command: `vidar train --config configs/systems/self_forcing_dmd.py:BASE --workdir runs/BASE_self_forcing`
     BASE is world (the default), doom, captions or wan_1_3b; all but wan_1_3b after their cards teacher_forcing.py and
-    teacher.py. captions: the first of two trainings, see README. wan_1_3b: published folders and Self Forcing's
-    ode_init.pt, prompts, and their text states (`vidar data embeddings`, its `--negative` that of this card).
+    teacher.py. captions: the first of two trainings, configs/captions/less_guided.py is the second. wan_1_3b: published
+    folders and Self Forcing's ode_init.pt, prompts, and their text states (`vidar data embeddings`, its `--negative`
+    that of this card).
 Hardware: 2 CPU cores; world takes a quarter of an hour, captions and doom half an hour. wan_1_3b: a 14B teacher, a 1.3B
     critic, 64 clips in 8 parts: 8 TPU v5p (`--lower-only --topology v5p:2x2x2` says what it takes), or H100 with
     `backend=cudnn` of model, teacher and critic; in the paper 64 H100, 2 hours.

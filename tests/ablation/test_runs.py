@@ -18,11 +18,12 @@ from vidar.ablation.card import Budget, load_ablation
 from vidar.ablation.findings import Findings, gather
 from vidar.ablation.grid import expand
 from vidar.ablation.report import write_report
+from vidar.ablation.statistics import paired
 from vidar.ablation.words import contrast_in_words, number
-from vidar.ablation.worker import _check_spent, _train
+from vidar.ablation.worker import _check_spent, _Clock, _train
 from vidar.cli.main import main
 from vidar.data.world.builder import prepare
-from vidar.errors import DivergenceError
+from vidar.errors import CheckpointError, DivergenceError
 from vidar.system import load
 
 DISTILLED = ROOT / "configs/ablations/forcing.py"
@@ -134,6 +135,13 @@ def test_a_winner_that_a_frozen_frame_equals_is_called_so(whole, card, monkeypat
         monkeypatch.setattr(Findings, "repeated", still)
         words = f"Caution: repeating the last given frame has {number(found.mean + better * direction)}, "
         assert any(one.startswith(words) for one in contrast_in_words(findings)) == said
+
+
+def test_a_metric_at_its_limit_gives_no_verdict(whole, card):
+    findings = gather(loaded(card), whole[0])
+    said = contrast_in_words(replace(findings, contrast=paired(np.zeros((2, 8)))))
+    assert "Verdict: none. Both sides have the same value in every clip" in "".join(said)
+    assert "0 of 8 clips above zero, 8 at zero" in said[1]
 
 
 def test_killed_and_restarted_it_loses_only_the_running_cell(whole, card, tmp_path):
@@ -278,6 +286,32 @@ def test_damaged_files_are_named_and_can_be_made_again(whole, card, tmp_path, ca
     assert main(command) == 0
     assert "missing" not in capsys.readouterr().out
     assert {path: path.read_bytes() for path in output.glob("cells/*/metrics.json")} == results
+
+
+def test_a_lost_record_does_not_let_another_config_in(whole, card, tmp_path, capsys):
+    output = tmp_path / "lost"
+    shutil.copytree(whole[0], output)
+    for record in ("ablation.json", *(path.relative_to(output) for path in output.rglob("fingerprint.json"))):
+        (output / record).unlink()
+    command = ["ablate", str(card), "--output", str(output)]
+    assert main([*command, "--config.budget.amount=61"]) == 2
+    assert "fingerprint.json is lost, and its trained.json is not of this config" in capsys.readouterr().err
+    (output / "ablation.json").unlink()
+    assert main(command) == 0
+    assert "missing" not in capsys.readouterr().out
+
+
+def test_files_that_say_something_else_are_named(whole, card, tmp_path, capsys):
+    output = tmp_path / "odd"
+    shutil.copytree(whole[0], output)
+    metrics = output / "cells" / "teacher-seed5" / "metrics.json"
+    metrics.write_text('{"as trained": {}, "control": []}')
+    assert main(["ablate", str(card), "--output", str(output), "--report"]) == 2
+    assert f"{metrics}: cannot be read (no 'as trained/spans' in it)" in capsys.readouterr().err
+    for noted in ({"abc": 1}, {"1": "x"}):
+        (tmp_path / "clock.json").write_text(json.dumps(noted))
+        with pytest.raises(CheckpointError, match="clock.json: cannot be read"):
+            _Clock(tmp_path)
 
 
 def test_rollouts_of_other_clips_are_named(whole, card, tmp_path, capsys):

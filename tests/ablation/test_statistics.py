@@ -45,6 +45,13 @@ def test_no_difference_is_not_found():
     assert np.mean(shown) <= 0.08
 
 
+def test_a_metric_at_its_limit_is_no_tie():
+    same = paired(np.zeros((2, 8)))
+    assert (same.equal, same.clips_equal, same.clips_above) == (True, 8, 0)
+    opposite = paired(np.array([[1.0, 0.0], [-1.0, 0.0]]))
+    assert (opposite.equal, opposite.clips_equal) == (False, 1)
+
+
 def test_few_seeds_are_not_oversold():
     # The clips all agree, and still three trainings say little: the t interval over them decides.
     difference = np.array([[0.2], [1.0], [2.5]]) + 0.01 * np.random.default_rng(2).normal(size=(3, 64))

@@ -85,7 +85,7 @@ def test_one_video_has_no_interval(tmp_path, capsys):
         command("--rollouts", tmp_path / f"{name}.npz", "--output", tmp_path / "out")
         lines = capsys.readouterr().out.splitlines()
         assert said in lines[0]
-        assert ["[" in line for line in lines[1:-1]] == [name == "b"] * (len(lines) - 2)
+        assert ["[" in line for line in lines[2:-1]] == [name == "b"] * (len(lines) - 3)
 
 
 def test_equal_names_are_told_apart(tmp_path):
@@ -93,7 +93,28 @@ def test_equal_names_are_told_apart(tmp_path):
         (tmp_path / place).mkdir()
         np.savez(tmp_path / place / "rollouts.npz", video=fading()[None])
     paths = [tmp_path / place / "rollouts.npz" for place in ("one", "two")]
-    assert list(command("--rollouts", *paths, "--output", tmp_path / "out")) == [str(path) for path in paths]
+    assert list(command("--rollouts", *paths, "--output", tmp_path / "out")) == ["one", "two"]
+    np.savez(tmp_path / "two" / "other.npz", video=fading()[None])
+    paths.append(tmp_path / "two" / "other.npz")
+    names = ["one/rollouts", "two/rollouts", "two/other"]
+    assert list(command("--rollouts", *paths, "--output", tmp_path / "out")) == names
+    with pytest.raises(DataError, match="--rollouts: a file is named twice"):
+        command("--rollouts", paths[0], paths[0], "--output", tmp_path / "out")
+
+
+def test_given_frames_are_no_drift(tmp_path, capsys):
+    """After a true frame, a video that is wrong but constant does not drift."""
+    truth = np.stack([fading(step=0)] * 2)
+    video = truth.copy()
+    video[:, 1:] = 90
+    np.savez(tmp_path / "a.npz", video=video, truth=truth)
+    for given, drifts in ((0, True), (1, False)):
+        found = command("--rollouts", tmp_path / "a.npz", "--given", given, "--output", tmp_path / "out")["a"]
+        assert (found["frames"], found["given"]) == (12 - given, given)
+        assert (abs(found["curves"]["psnr"]["change"]["mean"]) > 1) == drifts
+    assert "luminance                0.3529 →     0.3529   change +0" in capsys.readouterr().out
+    with pytest.raises(DataError, match="frames ≥ 13"):
+        command("--rollouts", tmp_path / "a.npz", "--given", 11, "--output", tmp_path / "out")
 
 
 def test_mistakes_get_one_line(tmp_path):

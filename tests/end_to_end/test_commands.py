@@ -129,7 +129,7 @@ def test_self_forcing_starts_from_trained_runs(root):
     assert main([*evaluate, "--output", str(root / "measured")]) == 0
     report = json.loads((root / "measured" / "world.json").read_text())
     assert (report["clips"], report["frames"]) == (2, 4)
-    still, forced = report["models"]["standing still"], report["models"]["forced"]
+    still, forced = report["models"]["repeated"], report["models"]["forced"]
     assert still.keys() == forced.keys() == {"position error", "identity kept", "colour kept"}
     assert still["position error"] != forced["position error"]
     for name in report["models"]:

@@ -249,6 +249,20 @@ REFUSED = {
         dict(objective={"kind": "distillation", "matching": {"kind": "dmd", "noise": {"low": 0.9, "high": 0.1}}}),
         "noise.high=0.1 must be above 0.9",
     ),
+    "no branch": (dict(guidance=()), r'guidance: has no branch; \({"coefficient": 1.0},\) is no guidance'),
+    "branches that scale": (dict(guidance=({"coefficient": 1.5},)), "add up to 1.5, not to 1"),
+    "dropping what is not taken": (
+        dict(guidance=({"coefficient": 2.0}, {"coefficient": -1.0, "drops": ("text",)})),
+        "guidance: a branch drops text, but the network takes actions",
+    ),
+    "no branch of the teacher": (
+        dict(DISTILLED, objective={"kind": "distillation", "matching": {"kind": "dmd", "guidance": ()}}),
+        "objective.matching.guidance: has no branch",
+    ),
+    "no branch of the autoregressive teacher": (
+        dict(objective={"kind": "consistency", "guidance": ()}, visibility={"kind": "teacher_forcing"}),
+        "objective.guidance: has no branch",
+    ),
     "drop": (dict(drop=1.5), "drop=1.5 must be at least 0 and at most 1"),
     "codec's patch": (dict(codec={"kind": "pixel", "patch": 0}), "codec.patch=0 must be at least 1"),
     "codec's deviation": (dict(codec={"kind": "pixel", "deviation": 0.0}), "codec.deviation=0.0 must be above 0"),

@@ -63,3 +63,20 @@ def test_what_comes_back_is_named_again(caplog):
 
 def test_rows_without_a_critic_have_no_ratio():
     assert Health().look(1, {"student/loss": 1.0}) == {}
+
+
+def test_while_the_critic_is_still_the_teacher_nothing_is_a_sign(caplog):
+    grows = [{"updates/critic": 5 * number, "student/dmd_gradient": 0.01 * number} for number in range(1, 20)]
+    assert watched(caplog, grows)[0] == []
+    runs = [{"updates/critic": 100 + number, "student/dmd_gradient": 0.4 if number < 5 else 2.0} for number in range(9)]
+    assert "runs away" in watched(caplog, grows + runs)[0][0]
+
+
+def test_rows_of_before_a_restart_are_remembered(caplog):
+    rows = [{"student/dmd_gradient": 0.4}, {"student/dmd_gradient": 2.0}, {"student/dmd_gradient": 2.0}]
+    health = Health()
+    for row in rows:
+        assert health.remember(row) == []
+    with caplog.at_level(logging.WARNING, "vidar"):
+        health.look(40, {"student/dmd_gradient": 2.0})
+    assert "runs away" in caplog.text

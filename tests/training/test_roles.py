@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -160,6 +161,27 @@ def test_discriminator_heads_are_warmed_up_alone(sources, tmp_path):
     assert any(path.startswith(".network.") for path in trained)
 
 
+def test_a_run_that_ended_in_its_warm_up_goes_on_with_the_phases_after_it(sources, tmp_path):
+    def run(steps):
+        matching = {"kind": "gan", "warmup": 2, "heads": {"taps": (0, 1), "mlp": 1}}
+        training = {"steps": steps, "log_every": 1, "tensorboard": False}
+        return make_run(distilled(sources, {"matching": matching}, training=training))
+
+    whole = train(run(3), tmp_path / "whole")
+    assert {name: int(count) for name, count in train(run(2), tmp_path / "parts").updates.items()} == {"heads": 2}
+    again = train(run(3), tmp_path / "parts")
+    assert jax.tree.structure(again) == jax.tree.structure(whole)
+    for path, leaf in by_path(whole).items():
+        np.testing.assert_array_equal(by_path(again)[path], leaf, err_msg=path)
+    assert rows(tmp_path / "parts")[-1].keys() == rows(tmp_path / "whole")[-1].keys()
+
+
+def test_a_run_does_not_go_on_with_another_optimizer(sources, plain):
+    other = {"student": {"name": "sgd", "learning_rate": 0.01}, "critic": {"learning_rate": 0.01}}
+    with pytest.raises(ConfigError, match=r"a run with optimizers\.student\.name=adamw, now sgd"):
+        train(make_run(distilled(sources, optimizers=other)), plain[0])
+
+
 def test_an_average_may_wait_in_host_memory(plain, sources, tmp_path):
     state = train(make_run(distilled(sources, roles={"student": {"ema_memory": "host"}})), tmp_path)
     (_, kept), waiting = plain, by_path(state.ema["student"])
@@ -241,6 +263,72 @@ class Loss:
 def test_a_class_that_is_no_objective_is_refused():
     with pytest.raises(ConfigError, match="objective: Loss has no roles; vidar/objectives/protocol.py says"):
         make_run(built(objective={"kind": f"{__name__}:Loss"}))
+
+
+class NoRoles(Quadratic):
+    """An objective of a person who has forgotten a `return`."""
+
+    @property
+    def roles(self):
+        pass
+
+
+class OtherBatch(Quadratic):
+    """Phases take one of the streams of batches that a run has."""
+
+    def phases(self, step):
+        return Phase("student", "student", batch="other"), Phase("critic", "critic")
+
+
+class NoPhases(Quadratic):
+    """A step has at least one phase."""
+
+    def phases(self, step):
+        return ()
+
+
+class NoLoss(Quadratic):
+    """A loss that returns nothing."""
+
+    def loss(self, *given):
+        return None
+
+
+class ManyLosses(Quadratic):
+    """A loss of every clip is none of the batch."""
+
+    def loss(self, phase, networks, aux, axes, batch, step, key):
+        value, rest = super().loss(phase, networks, aux, axes, batch, step, key)
+        return value * jnp.ones(4), rest
+
+
+@dataclass(frozen=True)
+class Picky(Quadratic):
+    """An objective that checks its own values, in Python's own words."""
+
+    def __post_init__(self):
+        raise ValueError("weight is not to my taste")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("NoRoles", "roles of NoRoles should be a mapping by name, not None"),
+        ("OtherBatch", "a phase takes batch 'other': use main or critic"),
+        ("NoPhases", "objective: it has no phase at step 0"),
+        ("NoLoss", r"loss of phase 'student' should return \(loss, \(metrics, aux\)\), not None"),
+        ("ManyLosses", r"loss of phase 'student' has shape \(4,\); it should be a scalar"),
+        ("Picky", "config.objective: ValueError: weight is not to my taste"),
+    ],
+)
+def test_mistakes_in_an_objective_of_ones_own_get_one_line(tmp_path, name, words):
+    def trained():
+        fields = {"objective": {"kind": f"{__name__}:{name}"}, "visibility": {"kind": "chunk_causal"}, "plan": {}}
+        optimizers = {role: {"learning_rate": 0.01} for role in ("student", "critic")}
+        train(make_run(built(**fields, optimizers=optimizers)), tmp_path)
+
+    with pytest.raises(ConfigError, match=words):
+        trained()
 
 
 TEXT = {"width": 8, "length": 12, "encoder": {"layers": 1, "heads": 1, "mlp": 8}}

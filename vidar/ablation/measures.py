@@ -26,6 +26,7 @@ VIDEO, TURNING = "video", "turning"
 _TURNED = ("turn_left", "turn_right")
 # 1 where more is better, -1 where less is.
 _PIXELS = {"psnr": 1, "saturation_error": -1, "luminance_error": -1, "sharpness_error": -1}
+_UNITS = {"psnr": "dB"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class Evaluation:
     seed: int = 0
 
     directions: ClassVar[Mapping[str, int]] = _PIXELS
+    units: ClassVar[Mapping[str, str]] = _UNITS
+    limits: ClassVar[str] = ""
+    """What a metric has where there is nothing to measure, for people."""
 
     def __post_init__(self) -> None:
         check_range("clips", self.clips, least=1)
@@ -76,8 +80,8 @@ class Evaluation:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Names of everything that metrics are averaged over."""
-        return tuple(self.spans)
+        """Names of everything that metrics are averaged over, from early to late."""
+        return tuple(sorted(self.spans, key=lambda name: self.spans[name]))
 
     @property
     def form(self) -> Form | None:
@@ -127,6 +131,8 @@ class WorldEvaluation(Evaluation):
 
     kind: ClassVar[str] = "world"
     directions: ClassVar[Mapping[str, int]] = {"position_error": -1, "identity_kept": 1, "colour_kept": 1} | _PIXELS
+    units: ClassVar[Mapping[str, str]] = {"position_error": "px"} | _UNITS
+    limits: ClassVar[str] = f"A shape that vanished has a position error of {world.FORM.size[0]} px, the frame's side."
 
     @property
     def form(self) -> Form:
@@ -175,7 +181,7 @@ class DoomEvaluation(Evaluation):
     @property
     def measured(self) -> tuple[str, ...]:
         """The spans, and the turning test."""
-        return (*self.spans, *((TURNING,) if self.turns else ()))
+        return (*super().measured, *((TURNING,) if self.turns else ()))
 
     @property
     def form(self) -> Form | None:

@@ -36,7 +36,7 @@ def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
 
     Args:
         path: The file.
-        keys: Names that it must have.
+        keys: Names that it must have; `a/b` is `b` inside `a`.
 
     Raises:
         CheckpointError: The file is missing or damaged.
@@ -44,7 +44,7 @@ def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
     try:
         return _with(keys, json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -68,7 +68,7 @@ def read_arrays(path: Path, keys: Iterable[str] = ()) -> dict[str, np.ndarray]:
             return _with(keys, dict(stored))
     # A damaged archive fails in as many ways as it has layers.
     except Exception as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def fingerprint(document: Any) -> str:
@@ -105,6 +105,29 @@ def settle(path: Path, document: Any, what: str, growing: Iterable[str] = ()) ->
             )
         grown = [*record.get("grown", []), added]
         write_json(path, record | {"fingerprint": fingerprint(record["config"]), "grown": grown})
+
+
+def settle_made(directory: Path, document: Any, what: str, made: str) -> None:
+    """As `settle`, of a directory whose record may be lost: what was made in it must then be of the same document.
+
+    Args:
+        directory: The directory.
+        document: As in `settle`.
+        what: As in `settle`.
+        made: Name of a file in it that says, once it is there, under `of` what document it was made of.
+
+    Raises:
+        ConfigError: The record or that file says something else.
+        CheckpointError: One of them is damaged.
+    """
+    path = directory / RECORD
+    known = not path.exists() and (directory / made).exists()
+    if known and read_json(directory / made).get("of") != fingerprint(document):
+        raise ConfigError(
+            f"{directory}: its {RECORD} is lost, and its {made} is not of this config: "
+            "delete the directory, and run again to make it anew"
+        )
+    settle(path, document, what)
 
 
 def compare(path: Path, document: Any, what: str, growing: Iterable[str] = ()) -> dict[str, list[Any]]:
@@ -173,13 +196,17 @@ def _with(keys: Iterable[str], value: Any) -> Any:
     """A dictionary that has these keys."""
     if not isinstance(value, dict):
         raise ValueError(f"not a dictionary but {_short(value)}")
-    missing = sorted(set(keys) - set(value))
-    if missing:
-        raise ValueError(f"no {missing[0]!r} in it")
+    for key in keys:
+        inside = value
+        for part in key.split("/"):
+            if not isinstance(inside, dict) or part not in inside:
+                raise ValueError(f"no {key!r} in it")
+            inside = inside[part]
     return value
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def damaged(path: Path, error: Exception) -> CheckpointError:
+    """The error of a file that cannot be read, and can be made anew."""
     reason = " ".join(str(error).split())
     return CheckpointError(f"{path}: cannot be read ({reason}): delete this file, and run again to make it anew")
 

@@ -94,10 +94,12 @@ def _control(findings: Findings) -> list[Block]:
             f"The smallest amount seen is {first.amount:g}, a loss of {number(abs(first.effect.mean))}: metric and "
             "clips see effects of that size in one and the same network."
         )
+    elif all(harm.effect.equal for harm in findings.harms):
+        said = "The harms changed nothing in any clip: the metric is at its limit here, or what is harmed is not used."
     else:
-        said = "None of the harms was seen: metric and clips do not see effects of their size, in whatever network."
+        said = "None of the harms was seen: in these networks, metric and clips do not see effects of their size."
     contrast = findings.contrast
-    if contrast is not None and contrast.low is not None and contrast.high is not None:
+    if contrast is not None and not contrast.equal and contrast.low is not None and contrast.high is not None:
         said += (
             " The contrast compares networks of different trainings, which differ by more; its own interval is "
             f"{number((contrast.high - contrast.low) / 2)} to either side."
@@ -143,14 +145,17 @@ def _results(findings: Findings) -> list[Block]:
             rows.append(("repeating the last given frame", *(number(baseline[span][metric]) for metric in metrics)))
         limits = evaluation.spans.get(span)
         words = f"{span}: frames {limits[0]} to {limits[1] - 1}" if limits else span
-        blocks.append(
-            Table(("", *map(_titled(evaluation), metrics)), rows, f"{words}. Mean [95 % interval over seeds].")
-        )
+        words = f"{words}. Mean [95 % interval over seeds]. {evaluation.limits}".rstrip()
+        blocks.append(Table(("", *map(_titled(evaluation), metrics)), rows, words))
     return blocks
 
 
 def _titled(evaluation: Any) -> Any:
-    return lambda metric: f"{metric.replace('_', ' ')} {'↑' if evaluation.directions[metric] > 0 else '↓'}"
+    def title(metric: str) -> str:
+        unit = f" ({evaluation.units[metric]})" if metric in evaluation.units else ""
+        return f"{metric.replace('_', ' ')}{unit} {'↑' if evaluation.directions[metric] > 0 else '↓'}"
+
+    return title
 
 
 def _drift(findings: Findings) -> list[Block]:
@@ -252,8 +257,13 @@ def _configs(findings: Findings) -> list[Block]:
     rest = {name: value for name, value in ablation.items() if name not in ("cells", "stages")}
     details = [Details(f"Config of {name}", json.dumps(document, indent=1)) for name, document in documents.items()]
     made = {f"{name}, seed {seed}": entry for (name, seed), entry in findings.done.items()}
+    places = (
+        "Places are the card's, not where anything lay: stages are stages/NAME below the output directory"
+        f"{', and the data of the procedural world data/ there' if ablation['world'] else ''}."
+    )
     return [
         table,
+        Paragraph(places),
         Details("The ablation", json.dumps(rest, indent=1)),
         *details,
         Details("Circumstances of each cell", json.dumps(made, indent=1)),

@@ -49,6 +49,7 @@ class Paired:
         clip_probability: Exact two-sided sign test over clips, each averaged over seeds: of other clips, these
             trained networks given.
         clips_above: Clips whose difference is positive.
+        clips_equal: Clips without any.
     """
 
     mean: float
@@ -61,6 +62,12 @@ class Paired:
     smallest_probability: float
     clip_probability: float
     clips_above: int
+    clips_equal: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether both arms have the same value everywhere, as where a metric is at its limit."""
+        return self.clips_equal == self.clips and not any(self.seed_means)
 
     @property
     def over_seeds(self) -> Estimate:
@@ -125,6 +132,7 @@ def paired(difference_sc: np.ndarray, seed: int = 0) -> Paired:
         smallest_probability=min(1.0, 2.0 ** (1 - min(seeds, _EXACT))),
         clip_probability=sign_test(above, above + below),
         clips_above=above,
+        clips_equal=int((difference == 0).all(axis=0).sum()),
     )
 
 

@@ -61,7 +61,8 @@ def contrast_in_words(findings: Findings) -> list[str]:
         f"(bootstrap over seeds and clips); over seeds alone {estimate_text(result.over_seeds)}; by seed {seeds}. "
         f"Exact sign-flip test over the seeds: p = {result.seed_probability:.3g} (with {result.seeds} it cannot be "
         f"below {result.smallest_probability:.3g}). Sign test over the clips, which speaks of these trained networks "
-        f"only: p = {result.clip_probability:.3g}, {result.clips_above} of {result.clips} clips above zero."
+        f"only: p = {result.clip_probability:.3g}, {result.clips_above} of {result.clips} clips above zero"
+        f"{f', {result.clips_equal} at zero' if result.clips_equal else ''}."
     )
     return [claim, numbers, _verdict(result, direction), *_caution(findings, direction), *_grown(findings)]
 
@@ -104,6 +105,11 @@ def _caution(findings: Findings, direction: int) -> list[str]:
 
 
 def _verdict(result: Paired, direction: int) -> str:
+    if result.equal:
+        return (
+            "Verdict: none. Both sides have the same value in every clip: where the metric stands, it does not tell "
+            "them apart, as at its limit."
+        )
     if result.seeds == 1:
         return "Verdict: open. One seed says nothing of other trainings."
     side = "as claimed" if result.mean * direction > 0 else "against the claim"

@@ -26,10 +26,12 @@ from vidar.ablation.records import (
     alone,
     claimed,
     compare,
+    damaged,
     fingerprint,
     read_arrays,
     read_json,
     settle,
+    settle_made,
     write_arrays,
     write_json,
 )
@@ -165,7 +167,7 @@ def read_cell(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
         CheckpointError: A file is damaged.
     """
     return (
-        read_json(directory / METRICS, ["as trained", "control"]),
+        read_json(directory / METRICS, ["as trained/spans", "as trained/curves", "control"]),
         read_json(directory / TRAINED, _COST),
         read_json(directory / DONE, CIRCUMSTANCES),
     )
@@ -263,14 +265,15 @@ def _try_out(grid: Grid, layout: Layout, cells: list[Cell]) -> None:
 def _make_stage(grid: Grid, layout: Layout, name: str) -> None:
     directory = layout.stages / name
     with alone(directory, f"stage {name}"):
-        settle(directory / RECORD, grid.stage_document(name), "a stage")
+        document = grid.stage_document(name)
+        settle_made(directory, document, "a stage", DONE)
         if not (directory / DONE).exists():
             try:
                 record = _train(_placed(grid, layout, grid.stages[name]), directory, None)
                 _check_spent(record)
             except DivergenceError as error:
                 raise DivergenceError(f"stage {name}: {error}") from error
-            write_json(directory / DONE, record | _circumstances())
+            write_json(directory / DONE, record | _circumstances() | {"of": fingerprint(document)})
             jax.clear_caches()
 
 
@@ -279,9 +282,11 @@ def _make_stage(grid: Grid, layout: Layout, name: str) -> None:
 
 def _make_cell(grid: Grid, layout: Layout, cell: Cell, seed: int) -> None:
     directory = layout.cell(cell, seed)
-    settle(directory / RECORD, grid.unit_document(cell, seed), "a cell")
+    document = grid.unit_document(cell, seed)
+    settle_made(directory, document, "a cell", TRAINED)
     (directory / FAILED).unlink(missing_ok=True)
-    if not (directory / TRAINED).exists():
+    rolled_out, trained = (directory / ROLLOUTS).exists(), (directory / TRAINED).exists()
+    if not trained or not (rolled_out or (directory / "run").exists()):
         try:
             record = _train(_placed(grid, layout, cell.seeded(seed)), directory / "run", grid.ablation.budget)
             _check_spent(record, grid.ablation.budget, cell)
@@ -290,9 +295,9 @@ def _make_cell(grid: Grid, layout: Layout, cell: Cell, seed: int) -> None:
             _logger.warning("%s, seed %d: %s", cell.name, seed, error)
             write_json(directory / FAILED, {"error": str(error)})
             return
-        write_json(directory / TRAINED, record)
+        write_json(directory / TRAINED, record | {"of": fingerprint(document)})
     truth = read_truth(layout)
-    if not (directory / ROLLOUTS).exists():
+    if not rolled_out:
         write_arrays(directory / ROLLOUTS, _rollouts(grid, cell, directory / "run", truth))
     write_json(directory / METRICS, _measured(grid, cell, truth, read_rollouts(directory, truth)))
     write_json(directory / DONE, _circumstances())
@@ -412,7 +417,10 @@ class _Clock:
         saved = Checkpoints(workdir / "checkpoints", keep=1).latest()
         noted = read_json(self._path) if self._path.exists() else {}
         self.step = saved or 0
-        self._noted = {int(step): seconds for step, seconds in noted.items() if int(step) <= self.step}
+        try:
+            self._noted = {int(step): float(seconds) for step, seconds in noted.items() if int(step) <= self.step}
+        except (TypeError, ValueError) as error:
+            raise damaged(self._path, error) from error
         self.before = max(self._noted.values(), default=0.0)
         self._start = time.monotonic()
 

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what should have been seen: a file for each --video, or for all --rollouts one .npz with `truth`, "
         "`pixels` or `video`",
     )
+    parser.add_argument(
+        "--given", type=int, default=0, help="first frames that were given, and are left out (default: 0)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory that receives drift.json and drift.png")
     parser.set_defaults(run=run)
 
@@ -32,16 +35,18 @@ def run(options: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from vidar.errors import make_directory
-    from vidar.evaluation.drift import plot
+    from vidar.errors import check_range, make_directory
+    from vidar.evaluation.drift import part_of, plot
     from vidar.evaluation.writing import replaced
 
+    check_range("--given", options.given, least=0)
+    _check_once("--rollouts" if options.video is None else "--video", options.video or options.rollouts)
     if options.video is None:
         truth = _common_truth(options.truth)
         titles = _titles(options.rollouts)
-        found = {title: _rollout(path, truth) for title, path in zip(titles, options.rollouts, strict=True)}
+        found = {t: _rollout(path, truth, options.given) for t, path in zip(titles, options.rollouts, strict=True)}
     else:
-        found = {"video": _measured(options.video, options.truth)}
+        found = {"video": _measured(options.video, options.truth, options.given)}
     make_directory(options.output)
     with replaced(options.output / "drift.json") as unfinished:
         unfinished.write_text(json.dumps({title: asdict(entry) for title, entry in found.items()}, indent=2) + "\n")
@@ -49,19 +54,30 @@ def run(options: argparse.Namespace) -> int:
     for title, entry in found.items():
         intervals = "the intervals are of the mean over videos" if entry.videos > 1 else "no intervals from one video"
         print(f"{title}: {entry.videos} video(s) of {entry.frames} frames; {intervals}")
+        print("  means of the first and the last 15 % of the frames, their difference, and the slope over 100 frames:")
+        part = part_of(entry.frames)
         for name, curve in entry.curves.items():
-            ends = f"{curve.mean[0]:10.4g} → {curve.mean[-1]:10.4g}"
-            change, slope = (_shown(part, entry.videos) for part in (curve.change, curve.slope))
-            print(f"  {name:20s} {ends}   end - start {change}   per frame {slope}")
+            start, end = (sum(values) / part for values in (curve.mean[:part], curve.mean[-part:]))
+            change, slope = _shown(curve.change, entry.videos), _shown(curve.slope, entry.videos, 100)
+            print(f"  {name:20s} {start:10.4g} → {end:10.4g}   change {change}   slope {slope}")
     print(f"{options.output}: drift.json, drift.png")
     return 0
 
 
-def _shown(interval: Any, videos: int) -> str:
-    return f"{interval.mean:+.4g}" + (f" [{interval.low:+.4g}, {interval.high:+.4g}]" if videos > 1 else "")
+def _check_once(option: str, paths: list[Path]) -> None:
+    """Rollouts are independent of each other, so that none counts twice."""
+    from vidar.errors import DataError
+
+    if len(set(paths)) < len(paths):
+        raise DataError(f"{option}: a file is named twice, but rollouts are counted as independent")
 
 
-def _measured(paths: list[Path], truth: list[Path] | None) -> Any:
+def _shown(interval: Any, videos: int, factor: float = 1) -> str:
+    mean, low, high = (factor * value for value in (interval.mean, interval.low, interval.high))
+    return f"{mean:+.4g}" + (f" [{low:+.4g}, {high:+.4g}]" if videos > 1 else "")
+
+
+def _measured(paths: list[Path], truth: list[Path] | None, given: int) -> Any:
     """Drift of video files."""
     from vidar.errors import ConfigError
     from vidar.evaluation.drift import drift
@@ -69,7 +85,8 @@ def _measured(paths: list[Path], truth: list[Path] | None) -> Any:
     if truth is not None and len(truth) != len(paths):
         raise ConfigError(f"--truth: {len(truth)} files for the {len(paths)} of --video; give one for each")
     try:
-        return drift(_videos("--video", paths), None if truth is None else _videos("--truth", truth))
+        seen = None if truth is None else _videos("--truth", truth)
+        return drift(_videos("--video", paths), seen, given=given)
     except ConfigError as error:
         raise ConfigError(f"--video: {error}") from error
 
@@ -81,8 +98,6 @@ def _videos(option: str, paths: list[Path]) -> Any:
     from vidar.data.video import read_video
     from vidar.errors import DataError
 
-    if option == "--video" and len(set(paths)) < len(paths):
-        raise DataError(f"{option}: a file is named twice, but rollouts are counted as independent")
     clips = [read_video(path) for path in paths]
     for path, clip in zip(paths, clips, strict=True):
         if clip.shape != clips[0].shape:
@@ -91,7 +106,7 @@ def _videos(option: str, paths: list[Path]) -> Any:
     return np.stack(clips)
 
 
-def _rollout(path: Path, truth: Any) -> Any:
+def _rollout(path: Path, truth: Any, given: int) -> Any:
     """Drift of the arrays of a file."""
     from vidar.errors import ConfigError, DataError
     from vidar.evaluation.drift import drift, latent_rms
@@ -104,7 +119,7 @@ def _rollout(path: Path, truth: Any) -> Any:
     try:
         if "latents" in arrays:
             extra["latent_rms"] = latent_rms(arrays["latents"], video.shape[1])
-        return drift(video, truth, extra)
+        return drift(video, truth, extra, given)
     except ConfigError as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -151,6 +166,13 @@ def _pixels(path: Path, arrays: dict[str, Any], name: str) -> Any:
 
 
 def _titles(paths: list[Path]) -> list[str]:
-    """A name for each file; that of its directory as well where several are named alike."""
+    """A name for each file; where several are named alike, what tells their places apart."""
+    import os
+
     stems = [path.stem for path in paths]
-    return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
+    if len(set(stems)) == len(stems):
+        return stems
+    places = [Path(os.path.abspath(path)).with_suffix("") for path in paths]
+    common = os.path.commonpath(places)
+    names = [place.relative_to(common) for place in places]
+    return [str(name.parent) if len(set(stems)) == 1 else str(name) for name in names]

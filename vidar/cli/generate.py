@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """Generates."""
     from tqdm import tqdm
 
+    from vidar.data.video import check_target
     from vidar.devices import enable_compilation_cache
     from vidar.errors import ConfigError, check_range
 
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
     if not work:
         print(f"{options.output}: holds all of these videos already; to make them otherwise, name another directory")
         return 0
+    for _, path in work:
+        check_target(path, options.fps)
     enable_compilation_cache()
     pipeline = published.load(options)
     for prompt, path in tqdm(work, unit="video", disable=len(work) == 1):
@@ -114,9 +117,10 @@ def _write(options: argparse.Namespace, pipeline: Any, prompt: str | None, path:
     video, model = pipeline.system.config.video, pipeline.model.config
     count = None if options.first is None or model.image is not None else options.given or 1
     frames = options.frames or pipeline.frames(count)
-    shown: dict[str, Any] = {"label": options.label, "seed": options.seed, "rows": options.clips}
+    shown: dict[str, Any] = {name: getattr(options, name) for name in ("label", "seed", "negative")}
+    shown["rows"] = options.clips
     if prompt is not None:
-        shown |= {"prompts": [prompt] * options.clips, "negative": options.negative}
+        shown["prompts"] = [prompt] * options.clips
     if options.given is not None and model.image is not None:
         raise ConfigError(f"--given={options.given}: this model begins with an image alone; leave it out")
     if options.first is not None and model.image is not None:

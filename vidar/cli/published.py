@@ -89,4 +89,5 @@ def _choices(options: argparse.Namespace) -> Any:
         if not all(side.isdecimal() and len(side) < 6 for side in (height, width)):
             raise ConfigError(f"--size={options.size!r} should be HEIGHTxWIDTH in pixels, such as 480x832")
         given |= {"height": int(height), "width": int(width)}
-    return Choices(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    return Choices(**given) if given else None

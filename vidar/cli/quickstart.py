@@ -150,7 +150,7 @@ def _show(output: Path, videos: dict[str, Any], truth: Any) -> None:
     from vidar.evaluation.sheets import contact_sheet
     from vidar.evaluation.world import score, standing_still
 
-    rollouts = {"standing still": standing_still(truth), **videos}
+    rollouts = {"repeated": standing_still(truth), **videos}
     scores = {name: score(video, truth) for name, video in rollouts.items()}
     spans = {f"{frames} frames": (1, frames) for frames in (TRAINED, 16 * TRAINED, STREAMED)}
     spans["last quarter"] = (STREAMED * 3 // 4, STREAMED)

@@ -42,16 +42,18 @@ def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from vidar.cli.scripts import action_ticks, given_frames
-    from vidar.data.video import VideoWriter
+    from vidar.data.video import VideoWriter, check_target
     from vidar.devices import enable_compilation_cache
-    from vidar.errors import ConfigError, VidarError
+    from vidar.errors import ConfigError, VidarError, check_range
     from vidar.streaming import Engine
     from vidar.system import streaming_sampler
 
     if options.frames < 0:
         raise ConfigError(f"--frames={options.frames}: a number of frames, or 0 until interrupted")
+    check_range("--seed", options.seed, least=0)
     if options.first is None and options.given != 1:
         raise ConfigError(f"--given={options.given} says how many frames of --first are taken: give --first, too")
+    check_target(options.output, options.fps)
     enable_compilation_cache()
     pipeline = published.load(options, window=None, sink=None)  # these are the stream's
     system, model = pipeline.system, pipeline.model

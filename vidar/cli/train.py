@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.lower_only:
         return _lower(options)
-    if options.workdir is None:
+    if options.workdir in (None, Path()):
         raise ConfigError("--workdir is missing: a directory that receives checkpoints, metrics and sample sheets")
     from vidar.devices import enable_compilation_cache
     from vidar.training.distributed import initialize
@@ -36,9 +36,11 @@ def run(options: argparse.Namespace) -> int:
     from vidar.training.loop import is_complete, train
 
     run = make_run(load_run_config(options.config, options.overrides))
-    if not is_complete(run, train(run, options.workdir)):
+    state = train(run, options.workdir)
+    if not is_complete(run, state):
         raise KeyboardInterrupt
-    print(f"{options.workdir}: trained and saved")
+    updates = ", ".join(f"{int(count)} of {phase}" for phase, count in state.updates.items())
+    print(f"{options.workdir}: trained and saved; updates: {updates}")
     return 0
 
 

@@ -88,8 +88,8 @@ class DataConfig:
             raise ConfigError(f"tfds={self.tfds!r} and records={self.records!r}: give one of them")
         for name in ("frames", "stride", "batch", "threads", "prefetch"):
             check_range(name, getattr(self, name), least=1)
-        for name in ("cache_megabytes", "seed"):
-            check_range(name, getattr(self, name), least=0)
+        check_range("cache_megabytes", self.cache_megabytes, least=0)
+        check_range("seed", self.seed, least=0, below=2**32)
 
 
 def open_source(config: DataConfig) -> ClipSource:

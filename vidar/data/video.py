@@ -34,6 +34,26 @@ def watchable_scale(height: int, width: int) -> int:
     return max(1, -(-WATCHABLE_SIDE // min(height, width)))
 
 
+def check_target(path: str | Path, fps: float | None = None) -> None:
+    """Refuses what cannot become a video, and makes its folder; long before there is anything to write.
+
+    Args:
+        path: The file.
+        fps: Frames per second; None where they are not known yet.
+
+    Raises:
+        ConfigError: There is no such rate.
+        DataError: The file cannot be written.
+    """
+    check_range("fps", fps, least=LEAST_FPS, most=MOST_FPS)
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: a directory; give a file to write, such as clip.mp4")
+    if path.suffix != ".mp4":
+        raise DataError(f"{path}: videos are written as .mp4 alone; give a name such as clip.mp4")
+    make_directory(path.parent)
+
+
 class VideoWriter:
     """Writes an H.264 file (MP4, yuv420p) frame by frame.
 
@@ -52,13 +72,8 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | Path, fps: float, scale: int | None = None):
-        check_range("fps", fps, least=LEAST_FPS, most=MOST_FPS)
+        check_target(path, fps)
         self.path = Path(path)
-        if self.path.is_dir():
-            raise DataError(f"{self.path}: a directory; give a file to write, such as clip.mp4")
-        if self.path.suffix != ".mp4":
-            raise DataError(f"{self.path}: videos are written as .mp4 alone; give a name such as clip.mp4")
-        make_directory(self.path.parent)
         self._partial = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         self._closed = False
         with self._report():

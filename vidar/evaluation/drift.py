@@ -59,12 +59,14 @@ class Drift:
 
     Attributes:
         videos: Number of videos.
-        frames: Number of frames of each.
+        frames: Number of measured frames of each.
+        given: Frames before them, which were given.
         curves: Curve of each metric, by name.
     """
 
     videos: int
     frames: int
+    given: int
     curves: Mapping[str, Curve]
 
     def to_json(self) -> str:
@@ -72,13 +74,19 @@ class Drift:
         return json.dumps(asdict(self), indent=2)
 
 
-def drift(video: np.ndarray, truth: np.ndarray | None = None, extra: Mapping[str, np.ndarray] | None = None) -> Drift:
+def drift(
+    video: np.ndarray,
+    truth: np.ndarray | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+    given: int = 0,
+) -> Drift:
     """Measures a rollout frame index by frame index.
 
     Args:
-        video: uint8 `[b, f, h, w, 3]`, at least 2 frames.
+        video: uint8 `[b, f, h, w, 3]`, at least 2 frames that were not given.
         truth: What should have been seen, the same shape; adds `psnr`.
         extra: Further metrics by name, each `[b, f]`: `latent_rms`, position error, whether an identity is kept.
+        given: First frames that were given, which are no drift: curves begin after them.
 
     Returns:
         Curves of `sharpness`, `luminance`, `saturation`, `distance_to_first`, `psnr` and the extra ones.
@@ -86,8 +94,10 @@ def drift(video: np.ndarray, truth: np.ndarray | None = None, extra: Mapping[str
     Raises:
         ConfigError: Fewer than 2 frames, arrays whose shapes do not fit, or metrics that are not finite.
     """
-    if video.ndim != 5 or video.shape[1] < 2:
-        raise ConfigError(f"drift of videos of shape {video.shape}: give [videos, frames ≥ 2, height, width, 3]")
+    if video.ndim != 5 or video.shape[1] < given + 2:
+        raise ConfigError(
+            f"drift of videos of shape {video.shape}: give [videos, frames ≥ {given + 2}, height, width, 3]"
+        )
     values = {
         "sharpness": metrics.sharpness(video),
         "luminance": metrics.luminance(video),
@@ -104,7 +114,8 @@ def drift(video: np.ndarray, truth: np.ndarray | None = None, extra: Mapping[str
         values[name] = np.asarray(value, np.float64)
         if not np.isfinite(values[name]).all():
             raise ConfigError(f"metric {name!r} has values that are not finite")
-    return Drift(video.shape[0], video.shape[1], {name: curve(value) for name, value in values.items()})
+    curves = {name: curve(value[:, given:]) for name, value in values.items()}
+    return Drift(video.shape[0], video.shape[1] - given, given, curves)
 
 
 def curve(values_bf: np.ndarray) -> Curve:
@@ -117,7 +128,7 @@ def curve(values_bf: np.ndarray) -> Curve:
         Its curve; the intervals come from resampling videos.
     """
     frames = values_bf.shape[1]
-    part = max(1, round(PART * frames))
+    part = part_of(frames)
     index = np.arange(frames) - (frames - 1) / 2
     low, high = metrics.bootstrap_interval(values_bf)
     return Curve(
@@ -127,6 +138,11 @@ def curve(values_bf: np.ndarray) -> Curve:
         change=_interval(values_bf[:, -part:].mean(axis=1) - values_bf[:, :part].mean(axis=1)),
         slope=_interval(values_bf @ index / (index @ index)),
     )
+
+
+def part_of(frames: int) -> int:
+    """Frames at either end whose means are compared: 15 %."""
+    return max(1, round(PART * frames))
 
 
 def latent_rms(latents_bfhwc: np.ndarray, frames: int) -> np.ndarray:
@@ -164,16 +180,18 @@ def plot(drifts: Mapping[str, Drift], path: str | Path) -> None:
 
     names = list(dict.fromkeys(name for entry in drifts.values() for name in entry.curves))
     figure = Figure(figsize=(8, 2.2 * len(names)))
+    band = 0.2 if len(drifts) <= 3 else 0.08  # where many lie over each other, the last would hide the rest
     panels = figure.subplots(len(names), 1, squeeze=False, sharex=True)
     for panel, name in zip(panels[:, 0], names, strict=True):
         for label, entry in drifts.items():
             if name in entry.curves:
                 shown = entry.curves[name]
-                (line,) = panel.plot(shown.mean, label=label)
-                panel.fill_between(range(entry.frames), shown.low, shown.high, color=line.get_color(), alpha=0.2)
+                frames = range(entry.given, entry.given + entry.frames)
+                (line,) = panel.plot(frames, shown.mean, label=label)
+                panel.fill_between(frames, shown.low, shown.high, color=line.get_color(), alpha=band)
         panel.set_ylabel(name.replace("_", " "))
         panel.grid(alpha=0.3)
-    panels[0, 0].legend()
+    panels[0, 0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize="small")
     panels[-1, 0].set_xlabel("frame")
     with replaced(path) as unfinished:
         figure.savefig(unfinished, dpi=120, bbox_inches="tight")

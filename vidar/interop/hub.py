@@ -38,7 +38,8 @@ def local_folder(source: str | Path) -> Path:
     if Path(source).exists():
         return Path(source)
     found = _NAME.fullmatch(str(source))
-    if found is None or (not found[2] and _is_file(found[1])):
+    here = _is_file(str(source)) and Path(source).parent.is_dir()
+    if found is None or here or (not found[2] and _is_file(found[1])):
         raise CheckpointError(f"{source}: no such file or folder; give a path, or owner/name of the Hugging Face hub")
     name, inside, revision = found[1], found[2].removeprefix("/"), found[3]
     folder = Path(_downloaded(source, name, revision, _patterns(inside)))

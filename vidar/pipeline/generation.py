@@ -89,9 +89,10 @@ class Pipeline:
         length = frames or self.frames(known)
         sampler = self._sampler(length, known)
         count = sampler.frames
+        told = self.told(prompts, negative, sampler)
         labels = row_labels(label, self.model.config.classes, rows)
         conditions = Conditions(
-            **self.told(prompts, negative, sampler),
+            **told,
             **self._image(image, count),
             actions=None if actions is None else jnp.asarray(actions[:, :count]),
             label=None if labels is None else jnp.asarray(labels),

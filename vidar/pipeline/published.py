@@ -108,12 +108,12 @@ class Choices:
             check_range(name, getattr(self, name), least=1)
 
 
-def load_pipeline(source: str | Path, choices: Choices = Choices(), progress: Progress = iter) -> Pipeline:
+def load_pipeline(source: str | Path, choices: Choices | None = None, progress: Progress = iter) -> Pipeline:
     """Loads a model: a run or weights of vidar's own, or the folder of a published model.
 
     Args:
         source: Directory of a run, a `.safetensors` file of vidar's, or a folder in the layout of Wan or of diffusers.
-        choices: How a published model is loaded and sampled.
+        choices: How a published model is loaded and sampled; None as its recipe says.
         progress: Wraps lists of tensors that are read, such as `tqdm`.
 
     Returns:
@@ -125,10 +125,13 @@ def load_pipeline(source: str | Path, choices: Choices = Choices(), progress: Pr
     """
     source = Path(source)
     if source.suffix == SUFFIX or is_trained(source):
-        if choices != Choices():
-            raise ConfigError(f"{source}: is a model of vidar's own, whose choices are made: give none")
+        if choices is not None:
+            raise ConfigError(
+                f"{source}: is a model of vidar's own, which says itself how it is sampled: leave the choices for "
+                "published models (size, steps, guidance, precision, …) out"
+            )
         return trained_pipeline(*load(source))
-    return _published(Folder.find(source), choices, progress)
+    return _published(Folder.find(source), choices or Choices(), progress)
 
 
 def _published(folder: Folder, choices: Choices, progress: Progress) -> Pipeline:

@@ -1,14 +1,19 @@
 """Checks across the axes of a system: every choice that contradicts another is named in one line."""
 
+import inspect
+from collections.abc import Mapping
+
 import numpy as np
 
 from vidar.attention.visibility import TeacherForcing, chunk_layout, leaks
 from vidar.errors import ConfigError, check_range
+from vidar.models.dit import DiTConfig
 from vidar.objectives.consistency import Consistency
 from vidar.objectives.distillation import Distillation
 from vidar.objectives.forcing import SelfForcing
 from vidar.objectives.matching import GAN
 from vidar.objectives.ode_regression import OdeRegression
+from vidar.sampling.guidance import Guidance
 from vidar.sampling.rollout import Sampler
 from vidar.sampling.solvers import FewStep
 from vidar.system.config import Objectives, SystemConfig
@@ -32,6 +37,7 @@ def check_parts(config: SystemConfig) -> None:
             f"{' after the first frame' if head else ''}; {fits} would be"
         )
     check_range("drop", config.drop, least=0, most=1)
+    _check_guidance("guidance", config.guidance, config.model)
     config.context.check(video.chunk, video.independent_first_frame)
     for role, network in (("model", config.model), ("teacher", config.teacher), ("critic", config.critic)):
         if network is not None and network.channels != config.codec.channels:
@@ -55,13 +61,34 @@ def check_choices(config: SystemConfig, sampler: Sampler) -> None:
     _check_plan(config, sampler)
 
 
+def _check_guidance(name: str, guidance: Guidance, model: DiTConfig) -> None:
+    """Branches make a prediction together, and each that drops something drops what the network would be told."""
+    if not guidance:
+        raise ConfigError(f'{name}: has no branch; ({{"coefficient": 1.0}},) is no guidance')
+    total = sum(branch.coefficient for branch in guidance)
+    if abs(total - 1) > 1e-6:
+        raise ConfigError(f"{name}: its coefficients add up to {total:g}, not to 1: it would scale what is predicted")
+    taken = {"text": model.text, "actions": model.actions, "label": model.classes}
+    known = [condition for condition, network in taken.items() if network is not None]
+    for branch in guidance:
+        if branch.drops and not set(branch.drops) & set(known):
+            raise ConfigError(
+                f"{name}: a branch drops {' and '.join(branch.drops)}, but the network takes "
+                f"{' and '.join(known) or 'no conditions'}"
+            )
+
+
 def _check_objective(config: SystemConfig, sampler: Sampler) -> None:
     objective, pattern = config.objective, config.visibility
     for name in ("roles", "init_aux", "phases", "loss"):
-        if not hasattr(objective, name):
+        if inspect.getattr_static(objective, name, None) is None:
             raise ConfigError(
                 f"objective: {type(objective).__name__} has no {name}; vidar/objectives/protocol.py says what it needs"
             )
+    if not isinstance(objective.roles, Mapping):
+        raise ConfigError(
+            f"objective: roles of {type(objective).__name__} should be a mapping by name, not {objective.roles!r}"
+        )
     beside = getattr(objective, "beside", False)
     if isinstance(objective, Objectives) and beside != isinstance(pattern, TeacherForcing):
         raise ConfigError(
@@ -72,6 +99,8 @@ def _check_objective(config: SystemConfig, sampler: Sampler) -> None:
         _check_distillation(config, objective, sampler)
     if isinstance(objective, OdeRegression | Consistency):
         _check_given(config, sampler, "objective.given", objective.given)
+    if isinstance(objective, Consistency):
+        _check_guidance("objective.guidance", objective.guidance, config.teacher or config.model)
     levels = getattr(config.levels.base, "levels", None)
     if levels is not None and not np.all(np.diff(levels) < 0):
         raise ConfigError(f"levels.base.levels={levels} must descend")
@@ -128,6 +157,8 @@ def _check_distillation(config: SystemConfig, objective: Distillation, sampler: 
         )
     if isinstance(objective.matching, GAN):
         objective.matching.heads.blocks((config.critic or config.teacher or config.model).layers)
+    else:
+        _check_guidance("objective.matching.guidance", objective.matching.guidance, config.teacher or config.model)
 
 
 def _check_plan(config: SystemConfig, sampler: Sampler) -> None:

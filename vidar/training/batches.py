@@ -99,11 +99,9 @@ class Batches:
         return dict(self._positions)
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Moves every stream to a saved position; only before the first `next`."""
-        for name, iterator in self._iterators.items():
-            if name not in state:
-                raise DataError(f"the checkpoint knows no position of the batches {name!r}, only of {sorted(state)}")
-            iterator.set_state(state[name])
+        """Moves every stream to its saved position, only before the first `next`; a new one stays at its beginning."""
+        for name in self._iterators.keys() & state.keys():
+            self._iterators[name].set_state(state[name])
             self._positions[name] = state[name]
 
     def close(self) -> None:

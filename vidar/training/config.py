@@ -5,7 +5,7 @@ This module holds plain values only; it must not know how they are used.
 
 from dataclasses import dataclass
 
-from vidar.errors import ConfigError
+from vidar.errors import check_range
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "save_every", "keep", "accumulate", "max_nonfinite"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name}={getattr(self, name)} must be at least 1")
+            check_range(f"training.{name}", getattr(self, name), least=1)
         for name in ("keep_every", "eval_every", "sample_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"training.{name}={value} must be at least 1, or None for never")
+            check_range(f"training.{name}", getattr(self, name), least=1)
+        check_range("training.max_seconds", self.max_seconds, least=0)
+        check_range("training.seed", self.seed, least=0, below=2**32)

@@ -14,6 +14,9 @@ _logger = logging.getLogger("vidar")
 PATIENCE = 3
 """Rows in a row that a sign must last: one is noise."""
 
+SETTLED = 100
+"""Updates of the critic before which nothing is a sign: until it follows the student, what it says grows by itself."""
+
 Row = Mapping[str, float]
 
 
@@ -82,6 +85,22 @@ class Health:
         self._least: dict[str, float] = {}
         self._first: dict[str, float] = {}
 
+    def remember(self, row: Row) -> list[tuple[Sign, float]]:
+        """Takes in one row; returns the signs that have lasted just now, with their values."""
+        early = row.get("updates/critic", SETTLED) < SETTLED
+        lasting = []
+        for sign, recent in zip(SIGNS, self._recent, strict=True):
+            value = row.get(sign.metric)
+            if value is None or early:
+                continue
+            first = self._first.setdefault(sign.metric, value)
+            least = self._least[sign.metric] = min(value, self._least.get(sign.metric, value))
+            lasted = len(recent) == PATIENCE and all(recent)
+            recent.append(sign.shown(value, least, first))
+            if all(recent) and len(recent) == PATIENCE and not lasted:
+                lasting.append((sign, value))
+        return lasting
+
     def look(self, step: int, row: Row) -> dict[str, float]:
         """Looks at one row, and warns of a sign when it has lasted.
 
@@ -92,18 +111,10 @@ class Health:
         Returns:
             Further metrics for the row: `health/critic_to_student`, the ratio of the losses, where there are both.
         """
-        for sign, recent in zip(SIGNS, self._recent, strict=True):
-            value = row.get(sign.metric)
-            if value is None:
-                continue
-            first = self._first.setdefault(sign.metric, value)
-            least = self._least[sign.metric] = min(value, self._least.get(sign.metric, value))
-            lasted = len(recent) == PATIENCE and all(recent)
-            recent.append(sign.shown(value, least, first))
-            if all(recent) and len(recent) == PATIENCE and not lasted:
-                _logger.warning(
-                    "step %d: %s=%.3g for %d rows: %s; try: %s",
-                    *(step, sign.metric, value, PATIENCE, sign.meaning, sign.remedy),
-                )
+        for sign, value in self.remember(row):
+            _logger.warning(
+                "step %d: %s=%.3g, for %d rows of the log: %s; try: %s",
+                *(step, sign.metric, value, PATIENCE, sign.meaning, sign.remedy),
+            )
         critic, student = row.get("critic/loss"), row.get("student/loss")
         return {} if critic is None or not student else {"health/critic_to_student": critic / student}

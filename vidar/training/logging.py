@@ -61,6 +61,9 @@ class MetricWriter:
         after: Step that the run continues from; later rows are dropped.
         tensorboard: Whether to write TensorBoard events, too.
 
+    Attributes:
+        earlier: Rows that are there already, up to `after`.
+
     Raises:
         CheckpointError: Nothing can be written there; so do all methods.
     """
@@ -68,13 +71,14 @@ class MetricWriter:
     def __init__(self, directory: str | os.PathLike[str], after: int = 0, tensorboard: bool = True):
         self.directory = Path(directory)
         self._path = self.directory / "metrics.jsonl"
+        self.earlier: list[dict[str, Any]] = []
         self._file = None
         self._events = None
         if jax.process_index() != 0:
             return
         with self._writing():
             make_directory(self.directory, CheckpointError)
-            _drop_rows(self._path, after)
+            self.earlier = _drop_rows(self._path, after)
             self._file = self._path.open("a")
             if tensorboard:
                 self._events = _tensorboard(self.directory, after)
@@ -161,15 +165,17 @@ class _Events:
         self._file.flush()
 
 
-def _drop_rows(path: Path, after: int) -> None:
-    """Rewrites a file of rows without those past a step, or torn by a kill."""
+def _drop_rows(path: Path, after: int) -> list[dict[str, Any]]:
+    """Rewrites a file of rows without those past a step, or torn by a kill; returns the others."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, rows = [], []
     for line in path.read_bytes().splitlines():
         try:
-            if json.loads(line)["step"] <= after:
+            row = json.loads(line)
+            if row["step"] <= after:
                 kept.append(line)
+                rows.append(row)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(path.name + ".tmp")
@@ -178,6 +184,7 @@ def _drop_rows(path: Path, after: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    return rows
 
 
 def _tensorboard(directory: Path, after: int) -> _Events | None:

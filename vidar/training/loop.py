@@ -7,7 +7,7 @@ It knows the objective's contract, batch iterators and networks by role, and not
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from vidar.training.state import (
     TrainState,
     abstract_networks,
     by_path,
+    empty_window,
     fingerprint,
     initial_networks,
     initial_state,
@@ -49,6 +50,8 @@ _logger = logging.getLogger("vidar")
 
 # Steps that may be under way on the device before the host waits: enough to hide the host, few enough to bound memory.
 _IN_FLIGHT = 2
+# What a state has for each phase.
+_BY_PHASE = ("updates", "windows")
 
 Callback = Callable[[int, Mapping[str, Any], MetricWriter], Mapping[str, float]]
 
@@ -135,7 +138,7 @@ def train(run: Run, workdir: str | Path) -> TrainState:
         inputs = {name: batches.abstract(name) for name in {phase.batch for phase in phases.values()}}
         program = make_program(run, phases, frozen, inputs, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", run.training.keep, run.training.keep_every)
-        meta = _meta(run, frozen)
+        meta = _meta(run, phases, frozen)
         state = _restored(run, checkpoints, program, batches, meta) or program.initialise()
         start = int(state.step)
         if start >= run.training.steps:
@@ -274,6 +277,7 @@ class _Loop:
             values = function(done, networks, self._writer)
             if values:
                 self._writer.scalars(done, values)
+                _logger.info("step %d: %s", done, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def _save(self, done: int) -> None:
         """Starts a checkpoint; rows of the log up to it are on the disk first."""
@@ -388,10 +392,11 @@ def _place_frozen(run: Run, mesh: Mesh) -> dict[str, Any]:
     return placed
 
 
-def _meta(run: Run, frozen: Mapping[str, Any]) -> dict[str, Any]:
+def _meta(run: Run, phases: Iterable[str], frozen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what every checkpoint says about itself."""
     return {
         **run.meta,
+        "phases": list(phases),
         "frozen": {
             role: {"source": run.objective.roles[role].source, "fingerprint": fingerprint(module)}
             for role, module in frozen.items()
@@ -404,16 +409,20 @@ def _restored(run: Run, checkpoints: Checkpoints, program: Program, batches: Bat
     """Restores the newest whole checkpoint and moves the batches to it; None where there is none."""
     if checkpoints.latest() is None:
         return None
-    templates = {"state": replace(program.abstract, ema={}), "data": batches, "meta": None}
-    if program.abstract.ema:
-        templates["ema"] = program.abstract.ema
+    given = json.loads(json.dumps(meta))
+
+    def templates(saved: Mapping[str, Any]) -> dict[str, Any]:
+        for path, before, now in differences(run.identity(saved), run.identity(given)):
+            raise ConfigError(
+                f"this directory holds a run with {path}={before}, now {now}: go on with the same card, or start in "
+                "another directory (as objective.start, if its weights are wanted)"
+            )
+        known = saved.get("phases", given["phases"])
+        items = {"state": _part(replace(program.abstract, ema={}), known), "data": batches, "meta": None}
+        return items | ({"ema": program.abstract.ema} if program.abstract.ema else {})
+
     step, items = checkpoints.restore(None, templates)
-    saved, given = items["meta"], json.loads(json.dumps(meta))
-    for path, before, now in differences(run.identity(saved), run.identity(given)):
-        raise ConfigError(
-            f"this directory holds a run with {path}={before}, now {now}: "
-            "go on with the same card, or start in another directory (as objective.start, if its weights are wanted)"
-        )
+    saved = items["meta"]
     for role, frozen in meta["frozen"].items():
         trained = saved["frozen"].get(role)
         if trained is None or trained["fingerprint"] != frozen["fingerprint"]:
@@ -424,4 +433,23 @@ def _restored(run: Run, checkpoints: Checkpoints, program: Program, batches: Bat
     _logger.info("continuing after step %d", step)
     for path, before, now in differences(saved.get("run"), given.get("run")):
         _logger.info("changed: %s=%s, was %s", path, now, before)
-    return replace(items["state"], ema=items.get("ema", {}))
+    return _with_new_phases(replace(items["state"], ema=items.get("ema", {})), program)
+
+
+def _part(state: TrainState, phases: Collection[str]) -> TrainState:
+    """A state without the counters of phases that a shorter run did not come to."""
+    kept = {name: {key: entry for key, entry in getattr(state, name).items() if key in phases} for name in _BY_PHASE}
+    return replace(state, **kept)
+
+
+def _with_new_phases(state: TrainState, program: Program) -> TrainState:
+    """A state with counters of all phases: those that are new have not begun."""
+    new = [name for name in program.names if name not in state.windows]
+
+    def counters() -> dict[str, Any]:
+        windows = {name: empty_window(len(program.names[name])) for name in new}
+        return {"updates": {name: jnp.int32(0) for name in new}, "windows": windows}
+
+    places = {entry: {name: getattr(program.placements, entry)[name] for name in new} for entry in _BY_PHASE}
+    begun = jax.jit(counters, out_shardings=places)()
+    return replace(state, **{entry: getattr(state, entry) | begun[entry] for entry in _BY_PHASE})

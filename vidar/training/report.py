@@ -55,6 +55,8 @@ class Reporter:
         peak = devices.peak(mesh.devices.flat[0].device_kind)
         self._peak_flops = None if peak is None else peak.flops * mesh.size
         self._health = Health()
+        for row in writer.earlier:
+            self._health.remember(row)
         self._reports: dict[str, Any] = {}
         self._without: dict[str, int] = {}
         self._due: tuple[int, dict[str, Any], dict[str, float]] | None = None
@@ -93,6 +95,8 @@ class Reporter:
                         leaf.copy_to_host_async()
             self._due = (number, dict(self._reports), self._rates(done) | {"step": done})
             self._start_window(done)
+        if final:
+            self._next_line = 0.0
         if final or (self._due is not None and done > self._due[2]["step"]):
             self.flush()
 

@@ -111,7 +111,7 @@ def phases_of(objective: Any, steps: int) -> dict[str, Phase]:
     for step in range(steps):
         phases = objective.phases(step)
         if not phases:
-            raise ConfigError(f"objective {type(objective).__name__} has no phase at step {step}")
+            raise ConfigError(f"objective: it has no phase at step {step}")
         for phase in phases:
             known = found.setdefault(phase.name, phase)
             if (known.role, known.batch) != (phase.role, phase.batch):
@@ -161,11 +161,14 @@ def initial_state(
         ema_updates=dict.fromkeys(averaged, zero),
         skipped=zero,
         skipped_in_a_row=zero,
-        windows={
-            phase: Window(zero - 1, zero, jnp.zeros((len(names),), jnp.float32), zero, zero)
-            for phase, names in metric_names.items()
-        },
+        windows={phase: empty_window(len(names)) for phase, names in metric_names.items()},
     )
+
+
+def empty_window(metrics: int) -> Window:
+    """The window of a phase, with so many metrics, that has not begun."""
+    zero = jnp.int32(0)
+    return Window(zero - 1, zero, jnp.zeros((metrics,), jnp.float32), zero, zero)
 
 
 def joined(frozen: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:

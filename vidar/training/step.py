@@ -52,14 +52,23 @@ def metric_names(
         The driver's own metrics and the objective's.
 
     Raises:
-        ConfigError: A metric is not a scalar.
+        ConfigError: The loss or a metric is not a scalar.
     """
     step, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
 
     def loss(frozen: Any, networks: Any, aux: Any, batch: Any, step: Any, key: Any) -> Any:
         return objective.loss(phase.name, joined(frozen, networks), aux, axes, batch, step, key)
 
-    _, (metrics, _) = jax.eval_shape(loss, dict(frozen), networks, aux, batch, step, key)
+    returned = jax.eval_shape(loss, dict(frozen), networks, aux, batch, step, key)
+    try:
+        value, (metrics, _) = returned
+        shape = value.shape
+    except (TypeError, ValueError, AttributeError):
+        raise ConfigError(
+            f"loss of phase {phase.name!r} should return (loss, (metrics, aux)), not {returned}"
+        ) from None
+    if shape:
+        raise ConfigError(f"loss of phase {phase.name!r} has shape {shape}; it should be a scalar")
     for name, metric in metrics.items():
         if metric.shape:
             raise ConfigError(f"metric {name!r} of phase {phase.name!r} has shape {metric.shape}; metrics are scalars")

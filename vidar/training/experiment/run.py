@@ -11,7 +11,7 @@ import numpy as np
 from vidar.attention.visibility import Bidirectional
 from vidar.config import to_dict
 from vidar.data.pipeline import DataConfig, make_dataset
-from vidar.errors import ConfigError
+from vidar.errors import CheckpointError, ConfigError
 from vidar.evaluation.context import context_gap
 from vidar.evaluation.metrics import psnr
 from vidar.evaluation.sheets import contact_sheet
@@ -62,6 +62,8 @@ def make_run(config: RunConfig) -> Run:
             )
     run = _run(config, system, weights)
     names = {phase.batch for step in range(config.training.steps) for phase in run.objective.phases(step)}
+    if names - set(BATCHES):
+        raise ConfigError(f"objective: a phase takes batch {min(names - set(BATCHES))!r}: use {' or '.join(BATCHES)}")
     numeric = partial(_numeric, config, embeddings, negative)
     evaluate, sample = _callbacks(config, system, numeric) if evaluates(config) else (None, None)
     return replace(
@@ -145,13 +147,16 @@ def portable_dict(config: SystemConfig) -> dict[str, Any]:
 def _identity(meta: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a run that goes on the same run: the system, but for where it computes and what it started from.
 
-    It is composed anew, so that choices that a run of before did not know are their defaults.
+    It is composed anew, so that choices that a run of before did not know are their defaults. With it go the kinds of
+    the optimizers, which decide what their states hold.
     """
     try:
         config = system_config(meta["config"])
     except ConfigError as error:
         raise ConfigError(f"this directory holds a run that cannot go on with this version: {error}") from error
     identity = portable_dict(config)
+    optimizers = meta.get("run", {}).get("optimizers", {})
+    identity["optimizers"] = {name: {"name": entry.get("name")} for name, entry in optimizers.items()}
     identity["lora"] = {role: to_dict(choice.lora) for role, choice in config.roles.items() if choice.lora is not None}
     for role in ("model", "teacher", "critic"):
         for free in ("backend", "remat"):
@@ -216,11 +221,16 @@ def _start(system: System, role: str) -> Any:
     """Weights that a role starts from; None for a random start."""
     choice, wanted = system.roles[role], system.model_config(role)
     source = choice.source
+    if not source:
+        raise ConfigError(f"objective.{role} is empty: give a run, a file, a published model, or 'init'")
     if source == "init":
         return None
     if role in _frozen(system.roles):
         wanted = replace(wanted, precision=replace(wanted.precision, params=choice.dtype))
-    origin, network = load_start(source, role, wanted)
+    try:
+        origin, network = load_start(source, role, wanted)
+    except CheckpointError as error:
+        raise CheckpointError(f"objective.{role}: {error}") from error
     if role == "teacher" and isinstance(system.objective, Distillation) and origin is not None:
         _check_teacher(source, origin.config, system.objective.forcing.given)
     stored, ours = (_facts(one, origin is None) for one in (network.config, wanted))
