@@ -108,7 +108,7 @@ def test_report_holds_every_cell_and_nothing_from_elsewhere(whole, card):
     rows = text[text.index("late: frames 8 to 11") :].splitlines()
     header = next(row for row in rows if "psnr" in row).split(" | ")
     row = next(row for row in rows if row.startswith("| teacher")).split(" | ")
-    assert row[header.index("psnr ↑")].startswith(f"{found.mean:.3g} [")
+    assert row[header.index("psnr (dB) ↑")].startswith(f"{found.mean:.3g} [")
     assert findings.contrast is not None
     assert (findings.contrast.seeds, findings.contrast.clips) == (2, 3)
     assert [harm.amount for harm in findings.harms] == [0.5, 1.0]
@@ -308,7 +308,7 @@ def test_files_that_say_something_else_are_named(whole, card, tmp_path, capsys):
     metrics.write_text('{"as trained": {}, "control": []}')
     assert main(["ablate", str(card), "--output", str(output), "--report"]) == 2
     assert f"{metrics}: cannot be read (no 'as trained/spans' in it)" in capsys.readouterr().err
-    for noted in ({"abc": 1}, {"1": "x"}):
+    for noted in ({"abc": 1}, {"0": "x"}):
         (tmp_path / "clock.json").write_text(json.dumps(noted))
         with pytest.raises(CheckpointError, match="clock.json: cannot be read"):
             _Clock(tmp_path)

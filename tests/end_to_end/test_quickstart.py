@@ -14,7 +14,7 @@ ROLES = [
     ("world", "student", "world/teacher_forcing"),
     ("world", "student", "systems/self_forcing_dmd"),
     ("world", "teacher", "world/teacher"),
-    ("captions", "student", "captions/teacher_forcing"),
+    ("captions", "student", "captions/less_guided"),
     ("captions", "student", "systems/self_forcing_dmd.py:captions"),
     ("captions", "student", "systems/causvid.py:captions"),
     ("captions", "teacher", "captions/teacher"),
