@@ -262,6 +262,8 @@ def test_missing_recordings_are_told(recorded, change, said):
     [
         ({"directory": "nowhere"}, "no prepared data set of that name in nowhere"),
         ({"tfds": "vidar_world/two_shapes"}, "no prepared data set"),
+        ({"tfds": ""}, "tfds='' is no name of a set: give name"),
+        ({"tfds": "Foo Bar"}, "tfds='Foo Bar' is no name of a set: give name"),
         ({"split": "test"}, "no split 'test'; it has train, validation"),
         ({"frames": 13}, r"13 frames are longer than example 0 \(12\)"),
     ],

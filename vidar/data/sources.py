@@ -273,6 +273,8 @@ def _builder(name: str, directory: str | None) -> Any:
         place = directory or "the default TFDS directory"
         made = "; `vidar data world` makes it" if name.startswith("vidar_world/") else "; prepare it first"
         raise DataError(f"{name}: no prepared data set of that name in {place}{made}") from error
+    except ValueError as error:
+        raise DataError(f"tfds={name!r} is no name of a set: give name, name/config or name/config:1.2.3") from error
 
 
 class _Memory:
