@@ -85,6 +85,7 @@ def test_one_video_has_no_interval(tmp_path, capsys):
         command("--rollouts", tmp_path / f"{name}.npz", "--output", tmp_path / "out")
         lines = capsys.readouterr().out.splitlines()
         assert said in lines[0]
+        assert f"slope {-800 / 255 if name == 'a' else -600 / 255:+.4g}" in next(x for x in lines if "luminance" in x)
         assert ["[" in line for line in lines[2:-1]] == [name == "b"] * (len(lines) - 3)
 
 

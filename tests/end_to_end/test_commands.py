@@ -169,6 +169,8 @@ def test_ring_that_does_not_align_is_refused(root, capsys):
 def test_missing_model_data_and_files_are_refused(root, capsys, tmp_path):
     output = ["--output", str(tmp_path / "x.mp4")]
     refused(capsys, ["stream", "--model", str(tmp_path / "nothing"), *output], "nothing", "no such file or folder")
+    refused(capsys, ["stream", "--model", str(root / "run"), *output, "--seed", "-1"], "--seed=-1 must be at least 0")
+    refused(capsys, ["train", "--config", "configs/world/teacher.py", "--workdir", ""], "--workdir is missing")
     refused(capsys, ["generate", "--model", str(root / "run"), *output, "--first", str(tmp_path / "no.png")], "no.png")
     refused(
         capsys, ["generate", "--model", str(root / "run"), *output, "--frames", "4", "--actions", "9"], "'9'", "0 to 4"
@@ -190,6 +192,9 @@ def test_missing_model_data_and_files_are_refused(root, capsys, tmp_path):
         ("--fps -3", ["fps=-3.0 must be at least"]),
         ("--actions 1*99999999999", ["'1*99999999999'", "1000000 in all"]),
         ("--output first.mp4/x.mp4", ["first.mp4 is a file, not a directory"]),
+        ("--output first.mp4/x.mp4 --model nothing", ["first.mp4 is a file, not a directory"]),  # before it is loaded
+        ("--size 480x832", ["run: is a model of vidar's own", "leave the choices"]),  # also where they are the default
+        ("--negative blur", ["a negative prompt acts through guidance"]),
     ],
 )
 def test_mistakes_in_generating_get_one_line(root, capsys, tmp_path, monkeypatch, options, words):
