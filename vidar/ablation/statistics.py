@@ -49,7 +49,7 @@ class Paired:
         clip_probability: Exact two-sided sign test over clips, each averaged over seeds: of other clips, these
             trained networks given.
         clips_above: Clips whose difference is positive.
-        clips_equal: Clips without any.
+        clips_equal: Clips without any difference, in every seed.
     """
 
     mean: float
@@ -67,7 +67,7 @@ class Paired:
     @property
     def equal(self) -> bool:
         """Whether both arms have the same value everywhere, as where a metric is at its limit."""
-        return self.clips_equal == self.clips and not any(self.seed_means)
+        return self.clips_equal == self.clips
 
     @property
     def over_seeds(self) -> Estimate:

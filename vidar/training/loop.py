@@ -445,6 +445,8 @@ def _part(state: TrainState, phases: Collection[str]) -> TrainState:
 def _with_new_phases(state: TrainState, program: Program) -> TrainState:
     """A state with counters of all phases: those that are new have not begun."""
     new = [name for name in program.names if name not in state.windows]
+    if not new:
+        return state
 
     def counters() -> dict[str, Any]:
         windows = {name: empty_window(len(program.names[name])) for name in new}
